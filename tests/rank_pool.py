@@ -1,0 +1,110 @@
+"""Three spawned processes that run checks on command, each with its end of one coordinator store.
+
+Torch takes seconds to import, so a module's tests share a pool: a check is a function of the test module that runs on
+all ranks at once, `check(me, *args)`, and whose result or traceback comes back.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from ray_shm.coordinator import StatelessGroupCoordinator
+from ray_shm.store import GroupStore
+
+WATCHDOG = 60.0  # seconds; only a hang comes near
+WORLD = [[0, 1, 2]]
+LOOPBACK = "127.0.77.1"  # nobody else binds here, so a port that was free stays free
+
+
+class Rank:
+    """What a check gets: its rank, the shared store, and a place to keep things for the next check."""
+
+    def __init__(self, rank: int, store: GroupStore) -> None:
+        self.rank, self.store = rank, store
+        self.kept: dict[str, Any] = {}
+
+    def group(self, name: str, ranks: list[list[int]] = WORLD, **kwargs: Any) -> StatelessGroupCoordinator:
+        kwargs = {"coord_store": self.store, "timeout": WATCHDOG, **kwargs}
+        return StatelessGroupCoordinator(
+            ranks, self.rank, "gloo", False, group_name=name, global_rank=self.rank, global_world_size=3, **kwargs
+        )
+
+
+def serve_checks(rank: int, listener: socket.socket, port: int, pipe: Any) -> None:
+    if rank == 0:
+        store = GroupStore.serve(listener, WATCHDOG)
+    else:
+        listener.close()
+        store = GroupStore.connect("127.0.0.1", port, WATCHDOG)
+    me = Rank(rank, store)
+    while (message := pipe.recv()) is not None:
+        check, args = message
+        try:
+            pipe.send((True, check(me, *args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+class Pool:
+    def __init__(self) -> None:
+        spawn = mp.get_context("spawn")
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.pipes, self.processes = [], []
+        for rank in range(3):
+            here, there = spawn.Pipe()
+            process = spawn.Process(
+                target=serve_checks, args=(rank, listener, listener.getsockname()[1], there), daemon=True
+            )
+            process.start()
+            there.close()
+            self.pipes.append(here)
+            self.processes.append(process)
+        self.listener = listener
+
+    def start(self, check: Callable[..., Any], *args: Any, ranks: tuple[int, ...] = (0, 1, 2)) -> None:
+        for rank in ranks:
+            self.pipes[rank].send((check, args))
+
+    def result(self, rank: int) -> Any:
+        if not self.pipes[rank].poll(WATCHDOG):
+            pytest.fail(f"rank {rank} hangs")
+        passed, value = self.pipes[rank].recv()
+        if not passed:
+            pytest.fail(f"rank {rank}:\n{value}")
+        return value
+
+    def run(self, check: Callable[..., Any], *args: Any, ranks: tuple[int, ...] = (0, 1, 2)) -> list[Any]:
+        self.start(check, *args, ranks=ranks)
+        return [self.result(rank) for rank in ranks]
+
+    def close(self) -> list[int | None]:
+        for pipe, process in zip(self.pipes, self.processes, strict=True):
+            if process.is_alive():
+                pipe.send(None)
+        for pipe, process in zip(self.pipes, self.processes, strict=True):
+            process.join(WATCHDOG)
+            process.kill()
+            process.join()
+            pipe.close()
+        self.listener.close()
+        codes = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            process.close()
+        return codes
+
+
+def free_port() -> int:
+    with socket.create_server((LOOPBACK, 0)) as probe:
+        return probe.getsockname()[1]
+
+
+def open_handles() -> tuple[int, int]:
+    """Descriptors and threads of this process."""
+    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
