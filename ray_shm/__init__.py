@@ -14,9 +14,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from ray_shm import serve
     from ray_shm.actors.executor import Executor
+    from ray_shm.actors.future import RpcFuture
     from ray_shm.actors.group import ActorGroup
     from ray_shm.actors.launch import launch
-    from ray_shm.actors.rpc import RpcFuture, Scatter
+    from ray_shm.actors.wire import Scatter
     from ray_shm.context import WorkerContext, get_context
     from ray_shm.coordinator import StatelessGroupCoordinator
     from ray_shm.errors import (
@@ -54,9 +55,9 @@ _HOME = {
     "RemoteExitError": "ray_shm.errors",
     "RpcCancelledError": "ray_shm.errors",
     "RpcError": "ray_shm.errors",
-    "RpcFuture": "ray_shm.actors.rpc",
+    "RpcFuture": "ray_shm.actors.future",
     "RpcTimeoutError": "ray_shm.errors",
-    "Scatter": "ray_shm.actors.rpc",
+    "Scatter": "ray_shm.actors.wire",
     "StartError": "ray_shm.errors",
     "StatelessGroupCoordinator": "ray_shm.coordinator",
     "WorkerContext": "ray_shm.context",

@@ -55,7 +55,17 @@ class PeerLostError(RayShmError):
     """The process at the other end of a queue is gone without a goodbye.
 
     At fault: the peer. Remains: this end, to be closed.
+
+    Attributes:
+        ranks: the readers that are lost, where a queue's writer knows them.
     """
+
+    def __init__(self, message: str, ranks: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = list(ranks)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.args[0], self.ranks)
 
 
 class GroupClosedError(RayShmError):
@@ -148,17 +158,16 @@ class RpcError(RayShmError, ExceptionGroup[Exception]):
     failures: dict[int, Exception]
     late_ranks: list[int]
 
-    def __new__(
-        cls, message: str, failures: Mapping[int, Exception], late_ranks: Sequence[int] = ()
-    ) -> RpcError:
+    def __new__(cls, message: str, failures: Mapping[int, Exception], late_ranks: Sequence[int] = ()) -> RpcError:
+        if not isinstance(failures, Mapping):
+            # Ray gives callers a subclass made of the bare exceptions; the rest is read off the original.
+            return super().__new__(cls, message, list(failures))
         self = super().__new__(cls, message, list(failures.values()))
         self.failures = dict(failures)
         self.late_ranks = list(late_ranks)
         return self
 
-    def __init__(
-        self, message: str, failures: Mapping[int, Exception], late_ranks: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, message: str, failures: Mapping[int, Exception], late_ranks: Sequence[int] = ()) -> None:
         super().__init__(message, list(failures.values()))
 
     @property
@@ -186,9 +195,7 @@ class RpcTimeoutError(RayShmError, TimeoutError):
         late_ranks: the ranks without a reply. results: rank → result of those that did reply.
     """
 
-    def __init__(
-        self, message: str, late_ranks: Sequence[int] = (), results: Mapping[int, Any] | None = None
-    ) -> None:
+    def __init__(self, message: str, late_ranks: Sequence[int] = (), results: Mapping[int, Any] | None = None) -> None:
         super().__init__(message)
         self.late_ranks = list(late_ranks)
         self.results: dict[int, Any] = dict(results or {})
