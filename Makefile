@@ -2,8 +2,8 @@
 # Needs Debian (or another Linux) with Python >= 3.11, pip, gcc and make.
 #
 #   make demo PYTHON=python3.12            another interpreter
-#   make demo TORCH_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
-#                                          the small CPU build of torch, where pip would take the CUDA one
+#   make demo TORCH_ARGS="--extra-index-url URL"
+#                                          an index with the small CPU build of torch, where pip would take CUDA
 
 PYTHON     ?= python3
 TORCH_ARGS ?=
