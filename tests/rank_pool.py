@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 from ray_shm.coordinator import StatelessGroupCoordinator
 from ray_shm.store import GroupStore
 
+SETTLE = 5.0  # seconds for threads and sockets that are on their way out
 WATCHDOG = 60.0  # seconds; only a hang comes near
 WORLD = [[0, 1, 2]]
 LOOPBACK = "127.0.77.1"  # nobody else binds here, so a port that was free stays free
@@ -108,3 +110,14 @@ def free_port() -> int:
 def open_handles() -> tuple[int, int]:
     """Descriptors and threads of this process."""
     return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+
+def growth(before: tuple[int, int]) -> tuple[int, int]:
+    """What `open_handles` has gained; waits until that is nothing: the kernel lists a joined thread a moment longer."""
+    deadline = time.monotonic() + SETTLE
+    while True:
+        files, threads = open_handles()
+        more = max(0, files - before[0]), max(0, threads - before[1])
+        if more == (0, 0) or time.monotonic() > deadline:
+            return more
+        time.sleep(0.01)
