@@ -21,11 +21,12 @@ MADE  := $(VENV)/.made
 TORCH := $(VENV)/.torch
 RUN   := $(VENV)/.run
 DEV   := $(VENV)/.dev
+BENCH := $(VENV)/.bench
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint typecheck pytest format bench bench-quick clean
+.PHONY: help demo test test-all lint typecheck pytest format bench bench-quick system-tools clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -37,9 +38,9 @@ demo: $(RUN)  ## split a small language model over three Ray actors; it answers 
 test: lint pytest bench-quick  ## lint, types, tests, and a small run of every benchmark
 	$(call say,"all green")
 
-test-all: lint  ## the same with the slow tests
+test-all: lint system-tools  ## the same with the slow tests, model checking and separate hosts among them
 	$(call say,"pytest with the slow tests")
-	@$(BIN)/pytest
+	@RAY_SHM_REQUIRE_TOOLS=1 $(BIN)/pytest --durations=25
 	@$(MAKE) --no-print-directory bench-quick
 
 lint: $(DEV) typecheck  ## ruff, and mypy --strict on the built wheel
@@ -61,12 +62,15 @@ pytest: $(DEV)
 	$(call say,"pytest without the slow tests")
 	@$(BIN)/pytest -m "not slow" --durations=25
 
-bench: $(RUN)  ## calls against plain Ray calls and a compiled graph
+bench: $(BENCH)  ## the queue beside pipes, pyzmq and a memcpy; calls beside Ray calls and a compiled graph
+	$(call say,"ray-shm bench queue")
+	@$(BIN)/ray-shm bench queue --plot bench-queue.png
 	$(call say,"ray-shm bench rpc")
 	@$(BIN)/ray-shm bench rpc
 
 bench-quick: $(DEV)
 	$(call say,"every benchmark for a moment; its figures mean nothing")
+	@$(BIN)/ray-shm bench queue --quick
 	@$(BIN)/ray-shm bench rpc --quick
 
 format: $(DEV)  ## let ruff format the code
@@ -75,6 +79,15 @@ format: $(DEV)  ## let ruff format the code
 clean:  ## remove .venv and everything built
 	rm -rf $(VENV) .make build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The model checker and the tools that make network namespaces are Debian packages.
+system-tools:
+	@for tool in spin ip; do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	  if [ -n "$$missing" ]; then \
+	    printf '==> %s  installing spin and iproute2\n' "$$(date +%T)"; \
+	    { apt-get update -qq && apt-get install -qq -y --no-install-recommends spin iproute2; } >/dev/null 2>&1 || \
+	      { echo "make test-all needs$$missing; as root: apt-get install spin iproute2" >&2; exit 1; }; \
+	  fi
 
 # ---- set-up -----------------------------------------------------------------------------------------------------
 
@@ -105,6 +118,11 @@ endef
 $(RUN): pyproject.toml constraints.txt $(TORCH)
 	$(call say,"installing ray-shm and what its examples need")
 	$(call install_with_extra,examples)
+
+$(BENCH): pyproject.toml constraints.txt $(TORCH)
+	$(call say,"installing ray-shm and what its benchmarks compare it with")
+	$(call install,--no-build-isolation -e '.[bench]')
+	@touch $@
 
 $(DEV): pyproject.toml constraints.txt $(TORCH)
 	$(call say,"installing ray-shm and what its tests need")

@@ -305,9 +305,9 @@ class Dispatcher:
         for rank, readable, reader in self._local:
             while readable() and rank not in self._lost and (frames := self._next_frames(rank, reader)) is not None:
                 try:
-                    self._accept(rank, frames)
+                    self._accept(rank, frames, reader.owned)
                 finally:
-                    reader.release(notify=False)
+                    reader.release()
         if self._remote is not None:
             for rank, frames in self._remote.take():
                 self._accept(rank, frames)
@@ -325,8 +325,8 @@ class Dispatcher:
             self._lost.add(rank)
             return None
 
-    def _accept(self, rank: int, frames: Sequence[Buffer]) -> None:
-        reply = wire.decode_reply(frames)
+    def _accept(self, rank: int, frames: Sequence[Buffer], owned: bool = False) -> None:
+        reply = wire.decode_reply(frames, owned)
         call = self._pending.get(reply.call_id)
         if call is None or reply.epoch != self.epoch or call.done:
             return  # nobody waits for it: the call timed out, was cancelled, or has failed already

@@ -1,4 +1,4 @@
-"""Ends a worker whose raylet or driver is gone: one thread, asleep in poll on their pidfds. Runs in the worker.
+"""Ends a worker whose raylet or driver is gone. Runs in the worker, on the thread of ray_shm/death_watch.py.
 
 Ray ends the workers of a driver that died, but not those whose raylet was killed; and the main thread, asleep on a
 futex or inside user code, cannot look.
@@ -7,38 +7,22 @@ futex or inside user code, cannot look.
 from __future__ import annotations
 
 import os
-import select
-import threading
+
+from ray_shm import death_watch
 
 
 class OrphanWatch:
     """Watches the parent process (the raylet) and, where it is on this node, the driver."""
 
     def __init__(self, driver_pid: int | None) -> None:
-        self._fds = [fd for pid in (os.getppid(), driver_pid) if (fd := _pidfd(pid)) is not None]
-        self._stop = os.eventfd(0, os.EFD_CLOEXEC)
-        self._thread = threading.Thread(target=self._run, name="ray_shm-orphan-watch", daemon=True)
-        self._thread.start()
+        pids = [pid for pid in (os.getppid(), driver_pid) if pid is not None and pid > 1]
+        self._ends = [death_watch.watch(pid, 0, _leave) for pid in pids]
 
     def close(self) -> None:
-        os.eventfd_write(self._stop, 1)
-        self._thread.join()
-        for fd in (*self._fds, self._stop):
-            os.close(fd)
-
-    def _run(self) -> None:
-        poller = select.poll()
-        for fd in (*self._fds, self._stop):
-            poller.register(fd, select.POLLIN)
-        if self._stop not in [fd for fd, _ in poller.poll()]:
-            # Nobody is left to report to, and user code may hold the main thread: no exit handlers, free the GPU.
-            os._exit(1)
+        for end in self._ends:
+            end()
 
 
-def _pidfd(pid: int | None) -> int | None:
-    if pid is None or pid <= 1:
-        return None
-    try:
-        return os.pidfd_open(pid)
-    except OSError:  # an old kernel, or the process is gone already; Ray's own supervision remains
-        return None
+def _leave() -> None:
+    # Nobody is left to report to, and user code may hold the main thread: no exit handlers, free the GPU.
+    os._exit(1)

@@ -145,12 +145,13 @@ class Request:
     frames: Sequence[Buffer]
     common: int  # frames of the common part
     skip: int  # bytes before the pickle in the first frame
+    owned: bool  # the other frames may be kept; see codec.decode
 
     def decode(self) -> tuple[Method, tuple[Any, ...], dict[str, Any]]:
         """Raises whatever unpickling raises."""
-        method, args, kwargs = codec.decode(self.frames[: self.common], self.skip)
+        method, args, kwargs = codec.decode(self.frames[: self.common], self.skip, self.owned)
         if len(self.frames) > self.common:
-            args, kwargs = join_scatter(args, kwargs, codec.decode(self._own_frames()))
+            args, kwargs = join_scatter(args, kwargs, codec.decode(self._own_frames(), 0, self.owned))
         return method, args, kwargs
 
     def _own_frames(self) -> Sequence[Buffer]:
@@ -161,7 +162,7 @@ class Request:
         return self.frames[start : start + counts[position]]
 
 
-def decode_request(frames: Sequence[Buffer], rank: int) -> Request:
+def decode_request(frames: Sequence[Buffer], rank: int, owned: bool = False) -> Request:
     first = frames[0]
     call_id, epoch, kind, reply_rank, count, common = _REQUEST.unpack(first[: _REQUEST.size])
     skip = _REQUEST.size + 2 * count
@@ -169,7 +170,7 @@ def decode_request(frames: Sequence[Buffer], rank: int) -> Request:
     if count:
         targets = struct.unpack(f"<{count}H", first[_REQUEST.size : skip])
         position = targets.index(rank) if rank in targets else None
-    return Request(call_id, kind, reply_rank, epoch, position, frames, common or len(frames), skip)
+    return Request(call_id, kind, reply_rank, epoch, position, frames, common or len(frames), skip, owned)
 
 
 def encode_result(call_id: int, epoch: int, rank: int, result: Any) -> list[Buffer]:
@@ -209,10 +210,11 @@ class Reply:
     status: int
     rank: int
     frames: Sequence[Buffer]
+    owned: bool  # all frames but the first may be kept; see codec.decode
 
     def result(self) -> Any:
         """Raises whatever unpickling raises."""
-        return codec.decode(self.frames, _REPLY.size)
+        return codec.decode(self.frames, _REPLY.size, self.owned)
 
     def error(self) -> Exception:
         """The worker's exception, its traceback as the cause."""
@@ -235,6 +237,6 @@ class Reply:
         return error if isinstance(error, Exception) else None
 
 
-def decode_reply(frames: Sequence[Buffer]) -> Reply:
+def decode_reply(frames: Sequence[Buffer], owned: bool = False) -> Reply:
     call_id, epoch, status, rank = _REPLY.unpack(frames[0][: _REPLY.size])
-    return Reply(call_id, epoch, status, rank, frames)
+    return Reply(call_id, epoch, status, rank, frames, owned)

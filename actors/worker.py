@@ -86,8 +86,8 @@ class WorkerActor:
         rank, ip = spec.rank.rank, spec.rank.place.node_ip
         requests = QueueReader(spec.requests, rank)
         ends = ([0], []) if spec.replies_local else ([], [0])
-        # Quiet: the driver sleeps on the request queue's bell, which the loop rings after each request.
-        replies = QueueWriter(*ends, _CHUNK_BYTES, _CHUNKS, ip, quiet=True, ring_bytes=_REPLY_RING)
+        # It wakes nobody: the driver sleeps on the request queue's bell, which the loop rings after each request.
+        replies = QueueWriter(*ends, _CHUNK_BYTES, _CHUNKS, ip, wakes=False, ring_bytes=_REPLY_RING)
         self._stage = "forming its coordinator groups"
         self._make_groups()
         set_context(self._context())
@@ -190,17 +190,19 @@ class WorkerLoop:
         frames = self._requests.poll()
         if frames is None:
             return True
-        request = wire.decode_request(frames, self._rank)
+        request = wire.decode_request(frames, self._rank, self._requests.owned)
         if request.position is None or request.kind == wire.STOP:
-            self._requests.release(notify=False)
+            self._requests.release()
             return request.kind != wire.STOP
         try:
             call = request.decode()
         except BaseException as exc:  # whatever the user's class raises while unpickling: an error of this call
-            self._requests.release(notify=False)
+            self._requests.release()
             self._reply(wire.encode_failure(request.call_id, self._epoch, self._rank, exc))
             return True
-        self._requests.release(notify=False)
+        self._requests.release()
+        del frames
+        request.frames = ()  # the method alone keeps the memory of large arguments
         reply = self._execute(request, *call)
         if reply is not None:
             self._reply(reply)

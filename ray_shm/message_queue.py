@@ -14,11 +14,18 @@ from typing import Any
 from ray_shm import codec
 from ray_shm.deadline import Deadline
 from ray_shm.handle import Handle
+from ray_shm.queue_end import QueueStats
 from ray_shm.queue_reader import QueueReader
 from ray_shm.queue_writer import QueueWriter
+from ray_shm.ring import Buffer
 
 MAX_CHUNK_BYTES = 24 << 20
 MAX_CHUNKS = 10
+_NEVER = Deadline.after(None)
+
+
+def _decode(frames: Sequence[Buffer], owned: bool) -> Any:
+    return codec.decode(frames, 0, owned)
 
 
 class MessageQueue:
@@ -31,7 +38,12 @@ class MessageQueue:
             smallest other ranks.
         max_chunk_bytes, max_chunks: their product bounds the unread bytes; one object larger than that still goes
             through, alone. Memory is taken as it is needed.
-        connect_ip: this node's address, to bind the ZeroMQ socket to (port 0); default 127.0.0.1.
+        connect_ip: this node's address, to bind the ZeroMQ socket to; default 127.0.0.1.
+        max_arena_bytes: most shared memory for large messages, those included that readers still hold; default 1 GiB,
+            or twice the bound on unread bytes if that is more. Once readers hold half of it they copy large messages
+            out. One message that finds no room beside what they hold goes through alone, beyond it.
+        drop_dead_readers: go on without readers that are gone, instead of raising PeerLostError.
+        port_range: (first, last) port to bind instead of any free one.
 
     Raises:
         ValueError: counts and ranks that do not fit together. StartError: no memory, or the address is not ours.
@@ -45,12 +57,27 @@ class MessageQueue:
         max_chunk_bytes: int = MAX_CHUNK_BYTES,
         max_chunks: int = MAX_CHUNKS,
         connect_ip: str | None = None,
+        *,
+        max_arena_bytes: int | None = None,
+        drop_dead_readers: bool = False,
+        port_range: tuple[int, int] | None = None,
     ) -> None:
         local = tuple(range(n_local_reader) if local_reader_ranks is None else local_reader_ranks)
         _require_counts(n_reader, n_local_reader, local, max_chunk_bytes, max_chunks)
+        if max_arena_bytes is not None and max_arena_bytes < 1:
+            raise ValueError(f"max_arena_bytes={max_arena_bytes} must be at least 1")
         others = (r for r in range(n_reader + len(local)) if r not in local)
         remote = [next(others) for _ in range(n_reader - n_local_reader)]
-        self._writer: QueueWriter | None = QueueWriter(local, remote, max_chunk_bytes, max_chunks, connect_ip)
+        self._writer: QueueWriter | None = QueueWriter(
+            local,
+            remote,
+            max_chunk_bytes,
+            max_chunks,
+            connect_ip,
+            port_range=port_range,
+            max_arena_bytes=max_arena_bytes,
+            drop_dead_readers=drop_dead_readers,
+        )
         self._reader: QueueReader | None = None
         self._handle = self._writer.handle
 
@@ -166,7 +193,8 @@ class MessageQueue:
             TimeoutError: after `timeout` seconds without room, naming the late readers; nothing was sent and the queue
                 stays usable. PeerLostError: a reader is gone. QueueClosedError. Whatever pickling raises.
         """
-        self._require_writer().send(codec.encode(obj), Deadline.after(timeout))
+        deadline = _NEVER if timeout is None else Deadline.after(timeout)
+        (self._writer or self._require_writer()).send(codec.encode(obj), deadline)
 
     def dequeue(
         self, timeout: float | None = None, indefinite: bool = False, *, cancel: threading.Event | None = None
@@ -182,9 +210,8 @@ class MessageQueue:
             QueueClosedError: either end was closed and all is read. PeerLostError: the writer is gone, likewise.
             Whatever unpickling raises; that message is consumed.
         """
-        deadline = Deadline.after(None if indefinite else timeout)
-        with self._require_reader().message(deadline, cancel) as frames:
-            return codec.decode(frames)
+        deadline = _NEVER if timeout is None or indefinite else Deadline.after(timeout)
+        return (self._reader or self._require_reader()).receive(_decode, deadline, cancel)
 
     def broadcast_object(self, obj: Any = None) -> Any:
         """`enqueue` and return `obj` at the writer, `dequeue` at a reader. Raises as those do."""
@@ -217,6 +244,10 @@ class MessageQueue:
         deadline = Deadline.after(None if indefinite else timeout)
         with self._require_reader().message(deadline, cancel) as frames:
             yield frames[0].toreadonly()
+
+    def stats(self) -> QueueStats:
+        """Counters of this end, as they stand."""
+        return (self._writer or self._require_reader()).stats()
 
     def close(self) -> None:
         """Leave the queue. Readers may still read what a closed writer had sent. Idempotent, from any thread."""

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ray_shm import ring
+from ray_shm import death_watch, lease, ring
 from ray_shm.deadline import Deadline
-from ray_shm.errors import PeerLostError, QueueCancelledError, QueueClosedError
+from ray_shm.errors import PeerLostError, QueueCancelledError, QueueClosedError, StartError
 from ray_shm.handle import Handle
-from ray_shm.segment import AttachError, start_time
+from ray_shm.queue_end import QueueEnd, QueueStats
+from ray_shm.segment import start_time
 from ray_shm.shm_channel import ShmReader
-from ray_shm.waiting import CANCEL_PARK, IDLE_PARK, Waiter
+from ray_shm.waiting import CANCEL_PARK, IDLE_PARK
 
 if TYPE_CHECKING:
     from ray_shm.zmq_channel import ZmqReader
 
+Consume = Callable[[list[memoryview], bool], Any]
 
-class QueueReader:
+
+class QueueReader(QueueEnd):
     """Receives messages as one rank. Threads may share it: each message goes to one of them."""
 
     def __init__(self, handle: Handle, rank: int) -> None:
@@ -28,22 +32,25 @@ class QueueReader:
 
         Raises:
             AttachError: `rank` is a local reader and the memory cannot be reached from this process.
+            StartError: another live process reads as `rank`.
             ValueError: the handle is of another version, or has no place for `rank`.
         """
         handle.require_version()
+        super().__init__()
+        self._closed = True  # until all is there
         self._from = f"pid {handle.pid} on {handle.node}"
         self._writer_pid = handle.pid
         self._writer_started = handle.shm.ref.start_time if handle.shm else 0
-        self._lock = threading.RLock()
-        self._waiter = Waiter()
-        self._closed = False
+        self._writer_dead = False
+        self._end_watch: Callable[[], None] = _nothing
         self.shm: ShmReader | None = None
         self.zmq: ZmqReader | None = None
         remote = handle.remote_reader_ranks
         if rank == -1 and len(remote) == 1:
             rank = remote[0]  # as vLLM names the only remote reader
+        self._rank = rank
         if handle.shm is not None and rank in handle.local_reader_ranks:
-            self.shm = ShmReader(handle.shm, handle.local_reader_ranks.index(rank), os.getpid())
+            self._attach(handle, rank)
         elif handle.zmq is not None and rank in remote:
             from ray_shm.zmq_channel import ZmqReader
 
@@ -53,6 +60,26 @@ class QueueReader:
                 f"the queue of {self._from} has local readers {list(handle.local_reader_ranks)} and remote readers "
                 f"{list(remote)}, but no reader {rank}"
             )
+        self._closed = False
+
+    def _attach(self, handle: Handle, rank: int) -> None:
+        if handle.shm is None:
+            return
+        try:
+            self.shm = ShmReader(handle.shm, handle.local_reader_ranks.index(rank), os.getpid())
+        except StartError as exc:
+            exc.args = (f"cannot attach to the queue of {self._from} as rank {rank}: {exc}",)
+            raise
+        self._end_watch = death_watch.watch(self._writer_pid, self._writer_started, self._on_writer_death)
+
+    def _on_writer_death(self) -> None:
+        self._writer_dead = True
+        shm = self.shm
+        if shm is not None:
+            shm.ring.stopped = True
+            # The word is the writer's, which is gone; other readers may do the same at this moment, hence at random.
+            shm.ring.event.store(secrets.randbits(32))
+            shm.ring.event.wake()
 
     def wait_until_ready(self, deadline: Deadline) -> None:
         """Until the writer has seen every reader.
@@ -60,34 +87,37 @@ class QueueReader:
         Raises:
             TimeoutError, PeerLostError, QueueClosedError; the queue stays usable after a timeout.
         """
-        with self._locked():
-            if not self._await(self._is_ready_or_closed, deadline, IDLE_PARK, None):
+        with self._lock:
+            self._require_open()
+            if not self._await(self._is_ready_or_closed, deadline, None):
                 raise TimeoutError(
                     f"the queue of {self._from} was not ready within {deadline.timeout} s: its writer has not called "
                     "wait_until_ready(), or another reader has not attached"
                 )
             if not self._is_ready():
-                raise QueueClosedError(f"the writer ({self._from}) closed the queue before it was ready")
+                self._require_message()
 
     def poll(self) -> list[memoryview] | None:
         """Frames of the next message if it is there, else None; valid until `release`. For a single owner.
 
         Raises:
-            PeerLostError: a large message went with its writer, or messages from another node are missing.
+            PeerLostError: messages from another node are missing.
         """
-        if self.shm is not None:
-            try:
-                return self.shm.peek()
-            except AttachError as exc:
-                raise PeerLostError(f"the writer ({self._from}) is gone, and its large message with it") from exc
+        shm = self.shm
+        if shm is not None:
+            return shm.peek()
         return self.zmq.peek() if self.zmq is not None else None
 
-    def release(self, notify: bool = True) -> None:
-        """Done with the polled message. `notify` wakes a writer that waits for room."""
+    @property
+    def owned(self) -> bool:
+        """Whether the polled frames, but for the first, stay valid for as long as something refers to them."""
+        return self.shm is not None and self.shm.owned
+
+    def release(self) -> None:
+        """Done with the polled message."""
+        self.messages += 1
         if self.shm is not None:
             self.shm.release()
-            if notify:
-                self.shm.ring.bell.ring()
         elif self.zmq is not None:
             self.zmq.release()
 
@@ -98,85 +128,133 @@ class QueueReader:
             QueueCancelledError: `cancel` was set. QueueClosedError: either end was closed, and all is read.
             PeerLostError: the writer's process is gone, and all is read.
         """
-        park = IDLE_PARK if cancel is None else CANCEL_PARK
-        if not self._await(self._has_news, deadline, park, cancel):
+        news = self.shm.ring.news if self.shm is not None else self._has_news
+        if not self._await(news, deadline, cancel):
             return False
-        if not self._has_message():
-            self._require_open()
-            raise QueueClosedError(f"the writer ({self._from}) closed the queue")
+        self._require_message()
         return True
+
+    def receive(self, consume: Consume, deadline: Deadline, cancel: threading.Event | None = None) -> Any:
+        """What `consume(frames, owned)` returns for the next message, which is consumed even if that raises.
+
+        Raises:
+            TimeoutError: nothing came; the queue stays usable. Others as `await_message`, and what `consume` raises.
+        """
+        if not self._lock.acquire(False) and not self._acquire(deadline):
+            self._require_open()
+            raise TimeoutError(self._nothing_text(deadline))  # another thread waits for a message
+        try:
+            shm = self.shm
+            frames = shm.peek() if shm is not None else None
+            if frames is None or cancel is not None:
+                frames = self._await_frames(deadline, cancel)
+            try:
+                self.bytes += len(frames[0]) if len(frames) == 1 else sum(map(len, frames))
+                return consume(frames, shm is not None and shm.owned)
+            finally:
+                del frames
+                if not self._closed:  # by `consume` itself
+                    self.release()
+        finally:
+            self._lock.release()
 
     @contextlib.contextmanager
     def message(self, deadline: Deadline, cancel: threading.Event | None = None) -> Iterator[list[memoryview]]:
-        """The next message's frames, valid inside the `with`; consumed when it ends, even by an exception.
-
-        Raises:
-            TimeoutError: nothing came; the queue stays usable. Others as `await_message`.
-        """
-        with self._locked():
-            if not self.await_message(deadline, cancel):
-                raise TimeoutError(
-                    f"no message from {self._from} within {deadline.timeout} s (this is pid {os.getpid()}); "
-                    "the queue stays usable"
-                )
-            frames = self.poll()
-            if frames is None:
-                raise PeerLostError(f"the writer ({self._from}) closed the queue while a message was read")
+        """The next message's frames, valid inside the `with`; consumed when it ends. Raises as `receive`."""
+        if not self._acquire(deadline):
+            self._require_open()
+            raise TimeoutError(self._nothing_text(deadline))
+        try:
+            frames = self._await_frames(deadline, cancel)
             try:
                 yield frames
             finally:
                 if not self._closed:  # by the block itself
                     self.release()
-
-    def close(self) -> None:
-        """Leave the queue; a `dequeue` blocked in another thread raises QueueClosedError. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        while not self._lock.acquire(timeout=0.005):
-            if self.shm is not None:
-                self.shm.ring.event.wake()
-        try:
-            if self.shm is not None:
-                self.shm.close()
-                self.shm = None  # unmapped now, however long this object is kept
-            if self.zmq is not None:
-                self.zmq.close()
         finally:
             self._lock.release()
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        with self._lock:
-            self._require_open()
-            yield
+    def stats(self) -> QueueStats:
+        """Counters of this end; the leases are those of this process."""
+        blocks, held = lease.held()
+        waiter, shm = self._waiter, self.shm
+        lag = {self._rank: shm.ring.lag} if shm is not None else {}
+        large = shm.large if shm is not None else 0
+        return QueueStats(
+            self.messages,
+            self.bytes,
+            large,
+            waiter.waits,
+            waiter.yields,
+            waiter.parks,
+            lag,
+            leased_blocks=blocks,
+            leased_bytes=held,
+        )
 
-    def _require_open(self) -> None:
-        if self._closed:
-            raise QueueClosedError("this end of the queue was closed in this process")
+    def _await_frames(self, deadline: Deadline, cancel: threading.Event | None) -> list[memoryview]:
+        self._require_open()
+        if not self.await_message(deadline, cancel):
+            raise TimeoutError(self._nothing_text(deadline))
+        frames = self.poll()
+        if frames is None:
+            raise PeerLostError(f"the writer ({self._from}) closed the queue while a message was read")
+        return frames
 
-    def _await(
-        self, ready: Callable[[], bool], deadline: Deadline, park: float, cancel: threading.Event | None
-    ) -> bool:
-        """Until `ready()`, or this end is closed or cancelled, which raises; False when the deadline comes first."""
+    def _nothing_text(self, deadline: Deadline) -> str:
+        return (
+            f"no message from {self._from} within {deadline.timeout} s (this is rank {self._rank}, pid {os.getpid()}); "
+            "the queue stays usable"
+        )
 
-        def news() -> bool:
-            return ready() or self._closed or (cancel is not None and cancel.is_set())
+    def _wake_waiting(self) -> None:
+        shm = self.shm
+        if shm is not None:
+            shm.ring.stopped = True
+            shm.ring.event.wake()
+        if self.zmq is not None:
+            self.zmq.wake()
 
+    def _free(self) -> None:
+        self._end_watch()
         if self.shm is not None:
-            done = self._waiter.wait(news, self.shm.ring.event, deadline, park, self._require_writer)
-            if not done:  # it may not have slept at all, and polling with a timeout of 0 has to end, too
-                self._require_writer()
-        else:
-            done = self._await_zmq(news, deadline, park)
-        if done and not ready():
-            self._require_open()
-            raise QueueCancelledError(f"dequeue from {self._from} was cancelled; the queue stays usable")
-        return done
+            self.shm.close()
+            self.shm = None  # unmapped now, however long this object is kept
+        if self.zmq is not None:
+            self.zmq.close()
 
-    def _await_zmq(self, news: Callable[[], bool], deadline: Deadline, park: float) -> bool:
-        while self.zmq is not None and not news():
-            if self.zmq.broken() and not news():
+    def _abandon(self) -> None:
+        if self.shm is not None:
+            self.shm.abandon()
+            self.shm = None
+        if self.zmq is not None:
+            self.zmq.abandon()
+            self.zmq = None
+
+    def _await(self, ready: Callable[[], bool], deadline: Deadline, cancel: threading.Event | None) -> bool:
+        """Until `ready()`, or this end is closed or cancelled, which raises; False when the deadline comes first."""
+        shm = self.shm
+        if shm is None:
+            done = self._await_zmq(ready, deadline, cancel)
+        elif cancel is None:
+            done = self._waiter.wait(ready, shm.ring.event, deadline, IDLE_PARK, self._look_for_writer)
+        else:
+            done = self._waiter.wait(
+                lambda: ready() or cancel.is_set(), shm.ring.event, deadline, CANCEL_PARK, self._look_for_writer
+            )
+        if self._closed:
+            self._require_open()
+        if cancel is not None and cancel.is_set() and not ready():
+            raise QueueCancelledError(f"dequeue from {self._from} was cancelled; the queue stays usable")
+        if not done:  # it may not have slept at all, and polling with a timeout of 0 has to end, too
+            self._look_for_writer()
+            return ready()
+        return True
+
+    def _await_zmq(self, ready: Callable[[], bool], deadline: Deadline, cancel: threading.Event | None) -> bool:
+        park = IDLE_PARK if cancel is None else CANCEL_PARK
+        while self.zmq is not None and not (ready() or self._closed or (cancel is not None and cancel.is_set())):
+            if self.zmq.broken() and not ready():
                 raise PeerLostError(f"the connection to the writer ({self._from}) is gone; make a new queue")
             if deadline.expired():
                 return False
@@ -191,19 +269,29 @@ class QueueReader:
     def _is_ready_or_closed(self) -> bool:
         return self._is_ready() or self._has_news()
 
-    def _has_message(self) -> bool:
-        if self.shm is not None:
-            return self.shm.ring.readable()
-        return self.zmq is not None and self.zmq.peek() is not None
-
     def _has_news(self) -> bool:
-        if self.shm is not None:
-            return self.shm.ring.announced()
-        return self.zmq is not None and (self.zmq.peek() is not None or self.zmq.closed_by_writer)
+        shm = self.shm
+        if shm is not None:
+            return shm.ring.news()
+        return self._closed or (self.zmq is not None and (self.zmq.peek() is not None or self.zmq.closed_by_writer))
 
-    def _require_writer(self) -> None:
-        """Raise PeerLostError where the writer's process is gone and nothing is left to read."""
-        # In this order: a writer that is gone publishes nothing after the look at the ring.
-        if start_time(self._writer_pid) == self._writer_started or self._has_news():
+    def _require_message(self) -> None:
+        """There is news: return if it is a message, else raise what it is."""
+        shm = self.shm
+        if shm is not None and shm.ring.readable():
             return
-        raise PeerLostError(f"the writer of the queue ({self._from}) is gone without closing it; make a new queue")
+        if self.zmq is not None and self.zmq.peek() is not None:
+            return
+        self._require_open()
+        if self._writer_dead and shm is not None and shm.ring.phase != ring.CLOSED:
+            raise PeerLostError(f"the writer of the queue ({self._from}) is gone without closing it; make a new queue")
+        raise QueueClosedError(f"the writer ({self._from}) closed the queue")
+
+    def _look_for_writer(self) -> None:
+        """Find out that the writer's process is gone where no pidfd tells."""
+        if not self._writer_dead and self.shm is not None and start_time(self._writer_pid) != self._writer_started:
+            self._on_writer_death()
+
+
+def _nothing() -> None:
+    return None

@@ -6,31 +6,30 @@ channels before anything is written. No pickling (codec.py).
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
 import socket
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ray_shm import ring
+from ray_shm import death_watch, ring
 from ray_shm.deadline import Deadline
-from ray_shm.errors import PeerLostError, QueueClosedError
+from ray_shm.errors import PeerLostError
 from ray_shm.handle import HANDLE_VERSION, Handle
+from ray_shm.queue_end import QueueEnd, QueueStats
 from ray_shm.ring import Buffer
 from ray_shm.segment import start_time
 from ray_shm.shm_channel import RING_BYTES, ShmWriter
-from ray_shm.waiting import IDLE_PARK, Waiter
+from ray_shm.waiting import IDLE_PARK
 
 if TYPE_CHECKING:
     from ray_shm.zmq_channel import ZmqWriter
 
 _NEVER = Deadline.after(None)
-QUIET_PARK = 0.002  # seconds between looks at a full quiet queue
-LINGER = 2.0  # seconds that close() leaves readers to fetch large messages
+_log = logging.getLogger(__name__)
 
 
-class QueueWriter:
+class QueueWriter(QueueEnd):
     """Sends messages to a fixed set of reader ranks. Threads may share it."""
 
     def __init__(
@@ -40,31 +39,39 @@ class QueueWriter:
         max_chunk_bytes: int,
         max_chunks: int,
         ip: str | None,
+        *,
+        port_range: tuple[int, int] | None = None,
+        max_arena_bytes: int | None = None,
+        drop_dead_readers: bool = False,
         watch_readers: bool = True,
-        quiet: bool = False,
+        wakes: bool = True,
         ring_bytes: int = RING_BYTES,
     ) -> None:
         """Raises as MessageQueue does.
 
         Args:
-            ip: address to bind for remote readers.
-            watch_readers: look for dead local readers while waiting for room; not needed where somebody calls `drop`.
-            quiet: local readers neither sleep on this queue nor ring when they have read: a message wakes nobody, and a
-                full queue is looked at every QUIET_PARK. Saves two system calls a message where readers are woken
-                by other means.
+            ip, port_range: address to bind for remote readers, and ports (both ends included) to choose from.
+            drop_dead_readers: go on without readers whose process or connection is gone.
+            watch_readers: look for dead local readers; not needed where somebody calls `drop`.
+            wakes: local readers sleep on this queue. False saves a system call a message where they are woken by
+                other means.
             ring_bytes: shared memory for small messages, at most; a power of two.
         """
+        super().__init__()
+        self._closed = True  # until all is there
+        self._sending = False
         self._watch_readers = watch_readers
-        self._quiet = quiet
+        self._drop_dead = drop_dead_readers
         self._local_ranks = tuple(local_ranks)
-        self._lock = threading.RLock()
-        self._waiter = Waiter()
-        self._closed = False
         self._started: dict[int, int] = {}  # local rank -> start time of its process, to tell it from a reused pid
+        self._watched: dict[int, Callable[[], None]] = {}  # local reader's position -> what ends its watch
+        self._dead: set[int] = set()  # positions of local readers whose process has ended, told by the watch
         self._shm = (
-            ShmWriter(len(self._local_ranks), max_chunk_bytes, max_chunks, ring_bytes) if self._local_ranks else None
+            ShmWriter(len(self._local_ranks), max_chunk_bytes, max_chunks, ring_bytes, max_arena_bytes, wakes)
+            if self._local_ranks
+            else None
         )
-        self._zmq = self._make_zmq(remote_ranks, max_chunk_bytes * max_chunks, ip) if remote_ranks else None
+        self._zmq = self._make_zmq(remote_ranks, max_chunk_bytes * max_chunks, ip, port_range) if remote_ranks else None
         self.handle = Handle(
             HANDLE_VERSION,
             len(self._local_ranks) + len(remote_ranks),
@@ -76,12 +83,15 @@ class QueueWriter:
             os.getpid(),
             socket.gethostname(),
         )
+        self._closed = False
 
-    def _make_zmq(self, ranks: Sequence[int], bound: int, ip: str | None) -> ZmqWriter:
+    def _make_zmq(
+        self, ranks: Sequence[int], bound: int, ip: str | None, port_range: tuple[int, int] | None
+    ) -> ZmqWriter:
         from ray_shm.zmq_channel import ZmqWriter
 
         try:
-            return ZmqWriter(ranks, bound, ip or "127.0.0.1")
+            return ZmqWriter(ranks, bound, ip or "127.0.0.1", port_range)
         except BaseException:
             if self._shm is not None:
                 self._shm.close()
@@ -102,8 +112,10 @@ class QueueWriter:
 
         Raises:
             TimeoutError: naming the ranks that have not attached; the queue stays usable.
+            PeerLostError: a reader that had attached is gone.
         """
-        with self._locked():
+        with self._lock:
+            self._require_open()
             if self._shm is not None:
                 self._wait(lambda: not self._absent(), deadline)
             while self._zmq is not None and self._zmq.missing() and not deadline.expired():
@@ -114,6 +126,7 @@ class QueueWriter:
                     f"readers {late} of the queue of pid {os.getpid()} did not attach within {deadline.timeout} s; "
                     "are they started, and did they get this queue's handle?"
                 )
+            self._watch_attached()
             if self._shm is not None:
                 self._shm.ring.set_phase(ring.READY)
             if self._zmq is not None:
@@ -137,89 +150,104 @@ class QueueWriter:
             QueueClosedError: this end was closed.
             StartError: no memory for a large message; nothing was sent.
         """
-        lengths = [len(frame) for frame in frames]
-        if not self._lock.acquire(timeout=-1 if deadline.at is None else deadline.slice(threading.TIMEOUT_MAX)):
+        if not self._lock.acquire(False) and not self._acquire(deadline):
             self._require_open()
             raise TimeoutError(self._late_text(deadline))  # another thread waits for room
-        try:
-            self._require_open()
-            shm = self._shm
-            if shm is not None and self._zmq is None and shm.try_send(frames, lengths, not self._quiet):
-                return
-            if shm is not None and not shm.room(lengths):
-                self._wait_for_readers(lengths, deadline, on_wait)
-            if self._zmq is not None:
-                self._wait_for_credit(sum(lengths), deadline, on_wait)
-            if shm is not None:
-                shm.send(frames, lengths, not self._quiet)
-            if self._zmq is not None:
-                self._zmq.send(frames, sum(lengths))
-        finally:
+        if self._sending:  # the same thread: a signal handler, or a __del__
             self._lock.release()
+            raise RuntimeError("enqueue was called inside of enqueue of the same queue; nothing was sent")
+        self._sending = True
+        try:
+            shm = self._shm
+            simple = shm is not None and self._zmq is None and not self._dead
+            if simple and len(frames) == 1 and shm.put(frames[0]):  # type: ignore[union-attr]
+                self.messages += 1
+                self.bytes += len(frames[0])
+                return
+            self._require_open()
+            lengths = [len(frame) for frame in frames]
+            if not (simple and shm.try_send(frames, lengths)):  # type: ignore[union-attr]
+                self._send_slowly(frames, lengths, deadline, on_wait)
+            self.messages += 1
+            self.bytes += sum(lengths)
+        finally:
+            self._sending = False
+            self._lock.release()
+
+    def _send_slowly(
+        self, frames: Sequence[Buffer], lengths: list[int], deadline: Deadline, on_wait: Callable[[], object] | None
+    ) -> None:
+        self._require_readers()
+        if self._shm is not None and not self._shm.room(lengths):
+            self._wait_for_readers(lengths, deadline, on_wait)
+        if self._zmq is not None:
+            self._wait_for_credit(sum(lengths), deadline, on_wait)
+        if self._shm is not None:
+            self._shm.send(frames, lengths)
+        if self._zmq is not None:
+            try:
+                self._zmq.send(frames, sum(lengths))
+            except PeerLostError as exc:
+                self._lose(exc)
 
     def drop(self, rank: int) -> None:
         """Go on without `rank`, whose process is gone. Takes no lock: a sender may hold it, waiting for `rank`."""
         if rank in self._local_ranks and self._shm is not None:
-            self._shm.ring.drop(self._local_ranks.index(rank))
+            self._shm.drop(self._local_ranks.index(rank), gone=True)
             self._shm.ring.bell.ring()
         elif self._zmq is not None:
             self._zmq.drop(rank)
 
     def behind(self) -> dict[int, int]:
         """rank → bytes sent and not yet consumed, of the ranks that are behind."""
-        lags = {}
+        lags: dict[int, int] = {}
         if self._shm is not None:
             lags = {r: self._shm.ring.lag(i) for i, r in self._live_local()}
         remote = self._zmq.late() if self._zmq else []
         return {r: n for r, n in [*lags.items(), *remote] if n}
 
-    def close(self) -> None:
-        """Tell the readers, who may still read what was sent; free this end. Idempotent, from any thread.
-
-        Waits up to LINGER seconds for readers that are behind and have still to fetch a large message.
-        """
-        if self._closed:
-            return
-        self._closed = True
-        while not self._lock.acquire(timeout=0.005):  # another thread waits in send: wake it, it sees _closed
-            if self._shm is not None:
-                self._shm.ring.bell.ring()
-        try:
-            if self._shm is not None:
-                self._shm.announce_close()
-                self._linger(self._shm)
-                self._shm.close()
-                self._shm = None  # unmapped now, however long this object is kept
-            if self._zmq is not None:
-                self._zmq.close()
-        finally:
-            self._lock.release()
-
-    def _linger(self, shm: ShmWriter) -> None:
-        """Give readers time to attach to large messages, whose memory is reached through this process."""
-
-        def forget_lost() -> None:
-            for i, rank in self._live_local():
-                if shm.ring.state(i) == ring.ABSENT or self._fate(i, rank):
-                    shm.ring.drop(i)
-
-        if self._watch_readers and shm.large_unread():
-            forget_lost()
-            self._waiter.wait(
-                lambda: not shm.large_unread(), shm.ring.bell.word, Deadline.after(LINGER), on_park=forget_lost
+    def stats(self) -> QueueStats:
+        """Counters of this end."""
+        with self._lock:
+            waiter, shm = self._waiter, self._shm
+            return QueueStats(
+                self.messages,
+                self.bytes,
+                shm.large if shm is not None else 0,
+                waiter.waits,
+                waiter.yields,
+                waiter.parks,
+                self.behind(),
+                shm.arena_bytes if shm is not None else 0,
+                refused=self.refused,
             )
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        with self._lock:
-            self._require_open()
-            yield
+    def _wake_waiting(self) -> None:
+        if self._shm is not None:
+            self._shm.ring.bell.ring()
+        if self._zmq is not None:
+            self._zmq.wake()
 
-    def _require_open(self) -> None:
-        if self._closed:
-            raise QueueClosedError("this end of the queue was closed in this process; make a new queue")
+    def _free(self) -> None:
+        for end_watch in self._watched.values():
+            end_watch()
+        if self._shm is not None:
+            self._shm.announce_close()
+            self._shm.close()
+            self._shm = None  # unmapped now, however long this object is kept
+        if self._zmq is not None:
+            self._zmq.close()
+
+    def _abandon(self) -> None:
+        if self._shm is not None:
+            self._shm.abandon()
+            self._shm = None
+        if self._zmq is not None:
+            self._zmq.abandon()
+            self._zmq = None
 
     def _live_local(self) -> list[tuple[int, int]]:
+        """(position, rank) of the local readers that count."""
         if self._shm is None:
             return []
         return [(i, r) for i, r in enumerate(self._local_ranks) if i not in self._shm.ring.dropped]
@@ -229,58 +257,120 @@ class QueueWriter:
             return []
         return [r for i, r in self._live_local() if self._shm.ring.state(i) == ring.ABSENT]
 
-    def _wait(self, ready: Callable[[], bool], deadline: Deadline) -> bool:
-        if self._shm is None:
+    def _wait(self, ready: Callable[[], bool], deadline: Deadline, on_wait: Callable[[], object] | None = None) -> bool:
+        shm = self._shm
+        if shm is None:
             return True
-        park = QUIET_PARK if self._quiet else IDLE_PARK
-        done = self._waiter.wait(
-            lambda: ready() or self._closed, self._shm.ring.bell.word, deadline, park, self._require_readers
-        )
+
+        def looked() -> bool:
+            if on_wait is not None:
+                on_wait()
+            self._require_readers()
+            return self._closed or ready()
+
+        shm.ring.want(True)
+        try:
+            done = self._waiter.wait(looked, shm.ring.bell.word, deadline, IDLE_PARK)
+        finally:
+            shm.ring.want(False)
         self._require_open()
         return done
 
     def _wait_for_readers(self, lengths: list[int], deadline: Deadline, on_wait: Callable[[], object] | None) -> None:
-        def ready() -> bool:
-            if on_wait is not None:
-                on_wait()
-            return self._shm is None or self._shm.room(lengths)
-
-        self._require_readers()
-        if not self._wait(ready, deadline):
+        if not self._wait(lambda: self._shm is None or self._shm.room(lengths), deadline, on_wait):
             raise TimeoutError(self._late_text(deadline))
 
     def _wait_for_credit(self, nbytes: int, deadline: Deadline, on_wait: Callable[[], object] | None) -> None:
-        while self._zmq is not None and not self._zmq.room(nbytes):
+        while self._zmq is not None and not self._has_credit(nbytes):
             if on_wait is not None:
                 on_wait()
             if deadline.expired():
                 raise TimeoutError(self._late_text(deadline))
             self._await_remote(deadline)
 
+    def _has_credit(self, nbytes: int) -> bool:
+        try:
+            return self._zmq is None or self._zmq.room(nbytes)
+        except PeerLostError as exc:
+            self._lose(exc)
+            return False
+
     def _await_remote(self, deadline: Deadline) -> None:
         if self._zmq is not None and not self._zmq.poll(deadline.slice(IDLE_PARK)):
-            self._zmq.probe()
+            try:
+                self._zmq.probe()
+            except PeerLostError as exc:
+                self._lose(exc)
         self._require_open()
 
     def _late_text(self, deadline: Deadline) -> str:
-        late = {r: f"{n:,} bytes behind" for r, n in self.behind().items()}
+        late = {r: f"is {n:,} bytes behind" for r, n in self.behind().items()}
         absent = [*self._absent(), *(self._zmq.missing() if self._zmq is not None else [])]
         late.update(dict.fromkeys(absent, "never attached"))
-        who = ", ".join(f"rank {r} ({late[r]})" for r in sorted(late))
+        who = ", ".join(f"rank {r}{self._pid_text(r)} {late[r]}" for r in sorted(late))
         return (
-            f"the queue of pid {os.getpid()} was full for {deadline.timeout} s: {who or 'no reader'} did not read. "
-            "Nothing was sent; read faster, wait longer, or raise max_chunks."
+            f"the queue of pid {os.getpid()} was full for {deadline.timeout} s: {who or 'no reader'}"
+            f"{self._held_text()}. Nothing was sent, and the queue is intact; read faster, wait longer, or raise "
+            "max_chunks or max_arena_bytes."
         )
 
-    def _require_readers(self) -> None:
-        """Raise PeerLostError for a local reader that closed its end, or whose process is gone."""
+    def _pid_text(self, rank: int) -> str:
+        if self._shm is not None and rank in self._local_ranks:
+            pid = self._shm.ring.pid(self._local_ranks.index(rank))
+        else:
+            pid = self._zmq.pid(rank) if self._zmq is not None else 0
+        return f" (pid {pid})" if pid else ""
+
+    def _held_text(self) -> str:
+        if self._shm is None:
+            return ""
+        holders = self._shm.holders().items()
+        return "".join(
+            f"; rank {self._local_ranks[i]} holds {n} block{'s' * (n != 1)}, {size_text(held)}"
+            for i, (n, held) in holders
+        )
+
+    def _watch_attached(self) -> None:
+        """Have the death of attached local readers told."""
         if self._shm is None or not self._watch_readers:
             return
-        for i, rank in self._live_local():
-            fate = self._fate(i, rank)
-            if fate:
-                pid = self._shm.ring.pid(i)
-                raise PeerLostError(f"reader rank {rank} (pid {pid}) {fate}; close the queue or make a new one")
+        for i, _ in self._live_local():
+            if i not in self._watched and self._shm.ring.state(i) == ring.ATTACHED:
+                self._watched[i] = death_watch.watch(self._shm.ring.pid(i), 0, self._on_death(i))
+
+    def _on_death(self, index: int) -> Callable[[], None]:
+        bell = self._shm.ring.bell if self._shm is not None else None
+
+        def on_death() -> None:
+            self._dead.add(index)
+            if bell is not None:
+                bell.ring()
+
+        return on_death
+
+    def _require_readers(self) -> None:
+        """Act on local readers that closed their end, or whose process is gone. Raises PeerLostError."""
+        if self._shm is None or not self._watch_readers:
+            return
+        self._watch_attached()
+        lost = [(i, rank, fate) for i, rank in self._live_local() if (fate := self._fate(i, rank))]
+        if lost:
+            who = ", ".join(f"rank {rank} (pid {self._shm.ring.pid(i)}) {fate}" for i, rank, fate in lost)
+            self._lose(PeerLostError(f"reader {who}; close the queue or make a new one", [rank for _, rank, _ in lost]))
+
+    def _lose(self, error: PeerLostError) -> None:
+        """Readers are lost: raise, or go on without them."""
+        if not self._drop_dead:
+            raise error
+        _log.warning("the queue of pid %d goes on without ranks %s: %s", os.getpid(), error.ranks, error)
+        for rank in error.ranks:
+            if rank not in self._local_ranks:
+                if self._zmq is not None:
+                    self._zmq.drop(rank)
+            elif self._shm is not None:
+                index = self._local_ranks.index(rank)
+                self._shm.drop(index, gone=self._shm.ring.state(index) != ring.LEFT)
+                self._dead.discard(index)
 
     def _fate(self, index: int, rank: int) -> str:
         """What became of a local reader; empty while it is absent, or attached and alive."""
@@ -288,5 +378,18 @@ class QueueWriter:
             return ""
         if self._shm.ring.state(index) == ring.LEFT:
             return "closed its end of the queue"
+        if index in self._dead:
+            return "is gone"
         started = start_time(self._shm.ring.pid(index))
         return "" if started and self._started.setdefault(rank, started) == started else "is gone"
+
+
+def size_text(nbytes: int) -> str:
+    """A size as people write it: 1.2 GiB."""
+    size, units = float(nbytes), iter(("B", "KiB", "MiB", "GiB"))
+    unit = next(units)
+    for larger in units:
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} {unit}" if size >= 100 or unit == "B" else f"{size:.1f} {unit}"

@@ -7,16 +7,18 @@ Layout, after the segment's 64-byte header (every line is 64 bytes, so that no t
     64   tail    u64  bytes published so far, modulo 2^64; written by the writer only; readers may see it late
          event   u32  changes with everything the writer announces; readers sleep on it; written by the writer only
          phase   u32  0 starting, 1 ready, 2 closed; written by the writer only
+         wanted  u32  the writer sleeps on the bell, or is about to; written by the writer only
     128  bell    u32  changes with everything told to the writer's process, which sleeps on it; see `Bell`
     192  one line per reader i, written by reader i only; the writer may see it late:
          cursor  u64  bytes consumed so far, modulo 2^64; cursor <= tail, tail - cursor <= capacity
          state   u32  0 absent, 1 attached, 2 closed
          pid     u32  the reader's process
-    data          capacity bytes (a power of two), page-aligned
+    leases       LEASES u32 per reader, page-aligned, written by that reader only; see arena.py
+    data         capacity bytes (a power of two), page-aligned
 
 A record starts at a multiple of 64 and never wraps: ``total u64 | kind u32 | count u32 | length u64 x count | frames``,
 every frame at a multiple of 8 from the record's start, the record padded to 64 bytes. Kinds: INLINE (the frames stand
-here), LARGE (one frame that says in which other segment the frames stand), SKIP (nothing until the ring's start).
+here), LARGE (one frame that says where in the arena the frames stand), SKIP (nothing until the ring's start).
 
 States of a byte at position p, and who may touch it:
 
@@ -24,10 +26,25 @@ States of a byte at position p, and who may touch it:
     2  published slowest cursor <= p < tail                  nobody writes it; readers with cursor <= p read it
     1' free      p < slowest cursor                          the writer may reuse it
 
-1 -> 2 is SYNC POINT "payload visible before tail"; 2 -> 1' is SYNC POINT "reads done before cursor". Both need
-store-store and load-store order, which x86-64 keeps for plain moves to write-back memory, and CPython makes no move
-across bytecodes; other processors are refused (futex.require_supported). No store-load order is needed anywhere:
-sleepers compare the futex word inside the kernel, and whoever changes state changes the word and wakes, always.
+The SYNC POINTs, and why each holds (what x86-64 and aarch64 promise, and what a fence is: futex.py). CPython makes no
+move across bytecodes. `fence()` stands for nothing on x86-64. tests/model/ has the same names.
+
+    payload before tail     x86-64: stores in order, loads in order. aarch64: the writer's fence lies between its store
+                            of the payload and that of the tail. A reader that sees the new tail made that load after
+                            the barrier it took part in, and its loads of the payload come later in its program, so
+                            after that barrier too.
+    tail before event       the same for "what the word stands for" and the word.
+    word before state       a sleeper loads the word, then looks at the state, then sleeps while the word is unchanged.
+                            x86-64: loads in order. aarch64: by the fence before the store of the word, as above. The
+                            kernel compares and queues under its lock, and FUTEX_WAKE looks for sleepers under the same,
+                            after the store: whoever saw the old word is either queued by then, or will not sleep.
+    reads before cursor     x86-64: no store overtakes an earlier load. aarch64: see the next.
+    cursors before reuse    aarch64: the writer saw a reader's cursor (or lease word), then fences, then writes: at that
+                            barrier the reader was past its store of the cursor, so its earlier loads were done.
+    wanted before cursors   the writer stores `wanted`, then runs fence_all (on x86-64 too), then looks at the cursors;
+                            a reader stores its cursor, then loads `wanted`, without any fence. The reader's barrier
+                            falls before its store of the cursor (then its load sees `wanted`, and it rings) or after
+                            (then the writer sees the cursor). This saves a system call per message and reader.
 """
 
 from __future__ import annotations
@@ -35,9 +52,10 @@ from __future__ import annotations
 import itertools
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ray_shm import futex
 from ray_shm.futex import Word
 from ray_shm.segment import Segment
 
@@ -45,14 +63,17 @@ INLINE, LARGE, SKIP = 0, 1, 2
 STARTING, READY, CLOSED = 0, 1, 2
 ABSENT, ATTACHED, LEFT = 0, 1, 2
 MAX_READERS = 4094  # bell values carry the ringer in 12 bits
+LEASES = 1024  # lease words of a reader: messages whose memory it may hold at once
 
 _LINE = 64
-_TAIL, _EVENT, _PHASE = 64, 72, 76
+_PAGE = 4096
+_TAIL, _EVENT, _PHASE, _WANTED = 64, 72, 76, 80
 _BELL = 128
 _READERS = 192
-_MOD = 1 << 64
+_MASK = (1 << 64) - 1
 _HEAD = struct.Struct("<QII")
 _HEAD_OF_ONE = struct.Struct("<QIIQ")  # with the length of the only frame
+_TAIL_Q, _EVENT_I, _PHASE_I, _WANTED_I = _TAIL // 8, _EVENT // 4, _PHASE // 4, _WANTED // 4
 
 Buffer = bytes | bytearray | memoryview
 
@@ -65,8 +86,12 @@ class Shape:
     capacity: int
 
     @property
+    def leases(self) -> int:
+        return -(-(_READERS + _LINE * self.n_readers) // _PAGE) * _PAGE
+
+    @property
     def data(self) -> int:
-        return -(-(_READERS + _LINE * self.n_readers) // 4096) * 4096
+        return self.leases + -(-4 * LEASES * self.n_readers // _PAGE) * _PAGE
 
     @property
     def bytes(self) -> int:
@@ -89,6 +114,8 @@ class Bell:
         self._count = itertools.count(os.getpid())
 
     def ring(self) -> None:
+        if futex.fence is not None:
+            futex.fence()  # SYNC POINT: tail before event; here, what was done before the ring, and the word
         self.word.store(self._ringer | (next(self._count) & 0xFFFFF))
         self.word.wake()
 
@@ -104,12 +131,6 @@ def record_bytes(lengths: Sequence[int]) -> int:
 def write_record(view: memoryview, at: int, kind: int, frames: Sequence[Buffer], total: int) -> None:
     """Lay frames (flat byte buffers) out at `at`. The space must be free."""
     count = len(frames)
-    if count == 1:  # every small message
-        frame = frames[0]
-        length = len(frame)
-        view[at : at + 24] = _HEAD_OF_ONE.pack(total, kind, 1, length)
-        view[at + 24 : at + 24 + length] = frame
-        return
     view[at : at + 16] = _HEAD.pack(total, kind, count)
     table = at + 16
     at = table + 8 * count
@@ -121,78 +142,106 @@ def write_record(view: memoryview, at: int, kind: int, frames: Sequence[Buffer],
         at += (length + 7) & ~7
 
 
-def read_record(view: memoryview, at: int) -> tuple[int, int, list[memoryview]]:
-    """(total, kind, frames) of the record at `at`; the frames are views into it."""
-    total, kind, count = _HEAD.unpack(view[at : at + 16])
-    table = at + 16
-    at = table + 8 * count
-    frames = []
-    for i in range(count):
-        length = int.from_bytes(view[table + 8 * i : table + 8 * i + 8], "little")
-        frames.append(view[at : at + length])
-        at += (length + 7) & ~7
-    return total, kind, frames
-
-
 class RingWriter:
     """The writing end. Not thread-safe: its owner holds a lock."""
 
-    def __init__(self, segment: Segment, shape: Shape, largest: int | None = None) -> None:
-        """`largest`: bytes of the largest record, at most and by default a quarter of the capacity."""
+    def __init__(self, segment: Segment, shape: Shape, largest: int | None = None, wakes: bool = True) -> None:
+        """`largest`: bytes of the largest record, at most and by default a quarter of the capacity.
+
+        `wakes`: readers sleep on this ring.
+        """
         self.shape = shape
         self.largest = min(shape.capacity // 4, largest or shape.capacity)  # so a skip always leaves room for it
+        self._capacity = shape.capacity
+        self._data = shape.data
         self._view = segment.view
         self._longs = segment.view.cast("Q")
         ints = segment.view.cast("I")
         self._ints = ints
+        self._wakes = wakes
         self.event = Word(segment.mapping, ints, _EVENT)
+        self._wake = self.event.wake
         self.bell = Bell(Word(segment.mapping, ints, _BELL), 0)
         self.tail = 0  # end of what was written; ahead of `published` while a skip is not announced yet
         self.published = 0
         self._limit = shape.capacity  # slowest cursor + capacity, as last looked up
         self._dropped: set[int] = set()
+        if not futex.has_membarrier():
+            self.want(True)  # for good: readers ring after every message
+
+    def put(self, frame: Buffer) -> bool:
+        """Publish an INLINE record of one frame, which every small message is. False: not done; see `reserve`."""
+        length = len(frame)
+        total = (length + 87) & ~63  # record_bytes([length])
+        tail = self.tail
+        position = tail % self._capacity
+        if total > self.largest or position + total > self._capacity or tail + total > self._limit:
+            return False
+        at = self._data + position
+        view = self._view
+        _HEAD_OF_ONE.pack_into(view, at, total, INLINE, 1, length)
+        view[at + 24 : at + 24 + length] = frame
+        self._publish(tail + total)
+        return True
 
     def reserve(self, total: int) -> int | None:
         """Offset in the segment for a record of `total` bytes, or None while readers are in the way."""
-        position = self.tail % self.shape.capacity
-        rest = self.shape.capacity - position
+        position = self.tail % self._capacity
+        rest = self._capacity - position
         need = total if total <= rest else rest + total
         if self.tail + need > self._limit:
-            self._limit = self.slowest() + self.shape.capacity
+            self._limit = self.slowest() + self._capacity
             if self.tail + need > self._limit:
                 return None
+            if futex.fence is not None:
+                futex.fence()  # SYNC POINT: cursors before reuse
         if need != total:
-            self._view[self.shape.data + position : self.shape.data + position + 16] = _HEAD.pack(rest, SKIP, 0)
+            self._view[self._data + position : self._data + position + 16] = _HEAD.pack(rest, SKIP, 0)
             self.tail += rest
             position = 0
-        return self.shape.data + position
+        return self._data + position
 
     def write(self, at: int, kind: int, frames: Sequence[Buffer], total: int) -> None:
         write_record(self._view, at, kind, frames, total)
 
-    def publish(self, total: int, wake: bool = True) -> None:
+    def publish(self, total: int) -> None:
         """Make the record just written visible, and wake the readers, unless none ever sleeps on this ring."""
-        self.tail += total
-        self.published = self.tail
-        # SYNC POINT: payload visible before tail. The stores of `write` precede this one in program order.
-        self._longs[_TAIL // 8] = self.tail % _MOD
-        if wake:
+        self._publish(self.tail + total)
+
+    def _publish(self, tail: int) -> None:
+        self.tail = self.published = tail
+        # SYNC POINT: payload before tail.
+        if futex.fence is not None:
+            futex.fence()
+        self._longs[_TAIL_Q] = tail & _MASK
+        if self._wakes:
             self.announce()
 
     def announce(self) -> None:
         """Change the readers' word and wake them; after every change of state."""
-        self.event.store((self.event.load() + 1) & 0xFFFFFFFF)
-        self.event.wake()
+        # SYNC POINT: tail before event.
+        if futex.fence is not None:
+            futex.fence()
+        ints = self._ints
+        ints[_EVENT_I] = (ints[_EVENT_I] + 1) & 0xFFFFFFFF
+        self._wake()
 
     def set_phase(self, phase: int) -> None:
-        self._ints[_PHASE // 4] = phase
+        self._ints[_PHASE_I] = phase
         self.announce()
+
+    def want(self, wanted: bool) -> None:
+        """Ask readers to ring the bell when they have consumed a record or let go of a lease; before a sleep on it."""
+        if not futex.has_membarrier():
+            wanted = True
+        self._ints[_WANTED_I] = wanted
+        if wanted and futex.has_membarrier():
+            futex.fence_all()  # SYNC POINT: wanted before cursors
 
     def lag(self, reader: int) -> int:
         """Bytes that `reader` has still to consume."""
-        # SYNC POINT: reads done before cursor. The reader's loads precede its store of the cursor.
-        cursor = self._longs[(_READERS + _LINE * reader) // 8]
-        return (self.published - cursor) % _MOD
+        # SYNC POINT: reads before cursor.
+        return (self.published - self._longs[(_READERS + _LINE * reader) // 8]) & _MASK
 
     def slowest(self) -> int:
         """Position up to which every reader that counts has consumed."""
@@ -206,7 +255,7 @@ class RingWriter:
         return self._ints[(_READERS + _LINE * reader + 12) // 4]
 
     def drop(self, reader: int) -> None:
-        """Never wait for `reader` again. The owner knows that its process is gone."""
+        """Never wait for `reader` again. The owner knows that it left or that its process is gone."""
         self._dropped.add(reader)
 
     @property
@@ -218,19 +267,31 @@ class RingReader:
     """The reading end of reader number `index`. Not thread-safe: its owner holds a lock."""
 
     def __init__(self, segment: Segment, shape: Shape, index: int, pid: int) -> None:
-        self._segment = segment
-        self._shape = shape
+        self._capacity = shape.capacity
+        self._data = shape.data
         self._view = segment.view
         self._longs = segment.view.cast("Q")
         ints = segment.view.cast("I")
         self._ints = ints
         self._line = _READERS + _LINE * index
+        self._cursor_q = self._line // 8
         self.event = Word(segment.mapping, ints, _EVENT)
         self.bell = Bell(Word(segment.mapping, ints, _BELL), index + 1)
-        self._cursor: int = self._longs[self._line // 8]
+        self.stopped = False  # nobody waits for this end any more: it is closed, or its writer is gone
+        self._cursor: int = self._longs[self._cursor_q]
         self._pending = 0  # bytes of the record that was peeked and not released
+        leases = shape.leases + 4 * LEASES * index
+        self.previous_pid = ints[(self._line + 12) // 4]
+        self.leases = segment.view[leases : leases + 4 * LEASES].cast("I")
         ints[(self._line + 12) // 4] = pid
         self.set_state(ATTACHED)
+
+    @staticmethod
+    def occupant(segment: Segment, index: int) -> int:
+        """Pid of the process that reads as `index`, as far as the ring says; 0: nobody."""
+        ints = segment.view.cast("I")
+        line = _READERS + _LINE * index
+        return ints[(line + 12) // 4] if ints[(line + 8) // 4] == ATTACHED else 0
 
     def set_state(self, state: int) -> None:
         self._ints[(self._line + 8) // 4] = state
@@ -238,30 +299,61 @@ class RingReader:
 
     @property
     def phase(self) -> int:
-        return self._ints[_PHASE // 4]
+        return self._ints[_PHASE_I]
+
+    @property
+    def lag(self) -> int:
+        """Bytes published and not yet consumed here."""
+        return (self._longs[_TAIL_Q] - self._cursor) & _MASK
 
     def readable(self) -> bool:
-        # SYNC POINT: payload visible before tail. Loads of the payload follow this one in program order.
-        return self._longs[_TAIL // 8] != self._cursor
+        # SYNC POINT: payload before tail. Loads of the payload follow this one in program order.
+        return self._longs[_TAIL_Q] != self._cursor
 
-    def announced(self) -> bool:
-        """There is something to read, or nothing will ever come."""
-        return self._longs[_TAIL // 8] != self._cursor or self._ints[_PHASE // 4] == CLOSED
+    def news(self) -> bool:
+        """There is something to read, or nothing will ever come, or this end is not to wait any more."""
+        return self._longs[_TAIL_Q] != self._cursor or self.stopped or self._ints[_PHASE_I] == CLOSED
 
     def peek(self) -> tuple[int, list[memoryview]] | None:
         """(kind, frames) of the next record, or None. The frames stay valid until `release`."""
-        while self.readable():
-            at = self._shape.data + self._cursor % self._shape.capacity
-            total, kind, frames = read_record(self._view, at)
+        while self._longs[_TAIL_Q] != self._cursor:
+            at = self._data + self._cursor % self._capacity
+            view = self._view
+            total, kind, count, length = _HEAD_OF_ONE.unpack_from(view, at)
             self._pending = total
+            if count == 1:
+                return kind, [view[at + 24 : at + 24 + length]]
             if kind != SKIP:
-                return kind, frames
+                return kind, _frames(view, at + 16, count)
             self.release()
         return None
 
     def release(self) -> None:
         """Give the peeked record back to the writer; its frames must not be touched again."""
-        self._cursor = (self._cursor + self._pending) % _MOD
+        self._cursor = cursor = (self._cursor + self._pending) & _MASK
         self._pending = 0
-        # SYNC POINT: reads done before cursor. Our loads of the payload precede this store.
-        self._longs[self._line // 8] = self._cursor
+        # SYNC POINT: reads before cursor. Our loads of the payload precede this store.
+        self._longs[self._cursor_q] = cursor
+        if self._ints[_WANTED_I]:  # SYNC POINT: wanted before cursors
+            self.bell.ring()
+
+    def lease_release(self) -> Callable[[int], None]:
+        """A function that gives the lease of word `index` back. It outlives this object, and needs no lock."""
+        leases, ints, bell = self.leases, self._ints, self.bell
+
+        def release(index: int) -> None:
+            leases[index] = 0  # SYNC POINT: reads before cursor; a lease word is one, too
+            if ints[_WANTED_I]:
+                bell.ring()
+
+        return release
+
+
+def _frames(view: memoryview, table: int, count: int) -> list[memoryview]:
+    at = table + 8 * count
+    frames = []
+    for i in range(count):
+        length = int.from_bytes(view[table + 8 * i : table + 8 * i + 8], "little")
+        frames.append(view[at : at + length])
+        at += (length + 7) & ~7
+    return frames

@@ -23,12 +23,11 @@ from pathlib import Path
 
 from ray_shm.errors import StartError
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 HEADER_BYTES = 64
 NAME = "ray_shm"
 _MAGIC = b"RAYSHM\x00\x01"
 _HEADER = struct.Struct("<8sIIQ16s")
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _CACHE_ROWS = ("inactive_file", "active_file")  # of memory.stat; cgroup v1 has them with total_ in front, too
 _ALWAYS_FREE = 64 << 20  # bytes that a reservation leaves to the rest of the machine
 
@@ -44,6 +43,7 @@ class SegmentRef:
     Attributes:
         pid: process that created it. fd: descriptor there. size: bytes. nonce: 128 random bits, compared on attach.
         boot_id, start_time: the creator's machine boot and its start in clock ticks; diagnostics only.
+        growable: the memfd may grow behind `size`, which is what is mapped.
     """
 
     pid: int
@@ -52,23 +52,31 @@ class SegmentRef:
     nonce: bytes
     boot_id: str
     start_time: int
+    growable: bool = False
 
 
 class Segment:
-    """A mapped segment; `create` in the owner, `attach` elsewhere. A context manager."""
+    """A mapped segment; `create` in the owner, `attach` elsewhere. A context manager.
 
-    def __init__(self, mapping: mmap.mmap, ref: SegmentRef, owned_fd: int | None) -> None:
+    Attributes:
+        fd: the memfd: the creator's own, or read-only in who attached to a growable one; else -1.
+    """
+
+    def __init__(self, mapping: mmap.mmap, ref: SegmentRef, fd: int) -> None:
         self.mapping = mapping
         self.ref = ref
         self.size = ref.size
+        self.fd = fd
         self.view = memoryview(mapping)
-        self._drop = None if owned_fd is None else weakref.finalize(self, _close_dropped, owned_fd)
+        self._drop = None if fd < 0 else weakref.finalize(self, _close_dropped, fd)
         if self._drop is not None:
             self._drop.atexit = False
 
     @classmethod
-    def create(cls, size: int, purpose: str) -> Segment:
+    def create(cls, size: int, purpose: str, growable: bool = False) -> Segment:
         """Make and reserve `size` bytes (rounded up to pages). `purpose` shows in /proc/<pid>/maps.
+
+        `growable`: the owner may add ranges behind them, which others reach through `fd`.
 
         Raises:
             StartError: the machine or a memory cgroup has less left than that; nothing remains.
@@ -80,7 +88,7 @@ class Segment:
             fd = os.memfd_create(f"{NAME}:{purpose}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(fd, size)
             os.posix_fallocate(fd, 0, size)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _seals(growable))
             mapping = mmap.mmap(fd, size)
         except OSError as exc:
             if fd >= 0:
@@ -88,7 +96,7 @@ class Segment:
             raise StartError(f"cannot reserve {size} bytes of shared memory for {purpose}: {exc}") from exc
         nonce = secrets.token_bytes(16)
         mapping[: _HEADER.size] = _HEADER.pack(_MAGIC, LAYOUT_VERSION, mmap.PAGESIZE, size, nonce)
-        ref = SegmentRef(os.getpid(), fd, size, nonce, boot_id(), start_time(os.getpid()))
+        ref = SegmentRef(os.getpid(), fd, size, nonce, boot_id(), start_time(os.getpid()), growable)
         return cls(mapping, ref, fd)
 
     @classmethod
@@ -99,19 +107,20 @@ class Segment:
             AttachError: it cannot be reached from here, or is not the one that `ref` names.
         """
         try:
-            mapping = _map_checked(ref)
+            mapping, fd = _map_checked(ref)
         except (OSError, ValueError) as exc:
             raise AttachError(
                 f"cannot attach shared memory of pid {ref.pid} (fd {ref.fd}) from pid {os.getpid()}: {exc}. "
                 "It is on another host or in another container, belongs to another user, or is gone."
             ) from exc
-        return cls(mapping, ref, None)
+        return cls(mapping, ref, fd)
 
     def close(self) -> None:
-        """Close the creator's descriptor and drop the mapping once nothing uses it. Idempotent."""
+        """Close the descriptor and drop the mapping once nothing uses it. Idempotent."""
         dropped = self._drop.detach() if self._drop is not None else None
         if dropped is not None:
             os.close(dropped[2][0])
+            self.fd = -1
         # The mapping itself goes with its last user: a thread asleep on a word in it must not lose the page.
 
     def __enter__(self) -> Segment:
@@ -126,7 +135,12 @@ def _close_dropped(fd: int) -> None:
     warnings.warn("shared memory was dropped without close()", ResourceWarning, stacklevel=2)
 
 
-def _map_checked(ref: SegmentRef) -> mmap.mmap:
+def _seals(growable: bool) -> int:
+    return fcntl.F_SEAL_SHRINK | (0 if growable else fcntl.F_SEAL_GROW)
+
+
+def _map_checked(ref: SegmentRef) -> tuple[mmap.mmap, int]:
+    """The mapping, and for a growable segment a read-only descriptor: whoever has only that cannot write to it."""
     # O_PATH neither blocks on a FIFO nor has side effects on a device; only a memfd of ours is opened for real.
     path_fd = os.open(f"/proc/{ref.pid}/fd/{ref.fd}", os.O_PATH | os.O_CLOEXEC)
     try:
@@ -134,14 +148,20 @@ def _map_checked(ref: SegmentRef) -> mmap.mmap:
         if not link.startswith(f"/memfd:{NAME}:"):
             raise ValueError(f"that descriptor is {link}")
         fd = os.open(f"/proc/self/fd/{path_fd}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            mapping = _map(fd, ref)
+        finally:
+            os.close(fd)
+        return mapping, os.open(f"/proc/self/fd/{path_fd}", os.O_RDONLY | os.O_CLOEXEC) if ref.growable else -1
     finally:
         os.close(path_fd)
-    try:
-        if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS or os.fstat(fd).st_size != ref.size:
-            raise ValueError("that memory is not sealed, or of another size")
-        mapping = mmap.mmap(fd, ref.size)
-    finally:
-        os.close(fd)
+
+
+def _map(fd: int, ref: SegmentRef) -> mmap.mmap:
+    seals, size = _seals(ref.growable), os.fstat(fd).st_size
+    if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & seals != seals or size < ref.size or (size > ref.size and not ref.growable):
+        raise ValueError("that memory is not sealed, or of another size")
+    mapping = mmap.mmap(fd, ref.size)
     found = _HEADER.unpack(mapping[: _HEADER.size])
     if found != (_MAGIC, LAYOUT_VERSION, mmap.PAGESIZE, ref.size, ref.nonce):
         mapping.close()

@@ -1,8 +1,12 @@
 """Messages (lists of byte frames) through one ring to readers on the same node. No pickling, no waiting policy.
 
 Runs in every process: ShmWriter in the one that sends, ShmReader in each that receives. A message stands in the ring if
-`max_chunks` of its size fit there. A larger one is written to a segment of its own, and the ring carries where it is;
-so a message is published for all readers by one store, or not at all. Readers copy out before they release.
+`max_chunks` of its size fit there. A larger one is written to a block of the arena (arena.py), and the ring carries
+where that is; so a message is published for all readers by one store, or not at all.
+
+Small messages are copied out by their readers, large ones are leased: what a reader unpickles lies in the block. Once
+leases take up half of `max_arena_bytes`, readers copy large messages out, too, so that one who keeps everything it
+receives never stops the writer.
 
 Unread bytes are bounded by max_chunk_bytes x max_chunks. A ring smaller than that bounds what stands in it by itself;
 in a ring that is larger (a "tight" queue) every message is counted.
@@ -10,39 +14,55 @@ in a ring that is larger (a "tight" queue) every message is counted.
 
 from __future__ import annotations
 
+import os
 import struct
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ray_shm import futex, ring
+from ray_shm import arena, futex, ring
+from ray_shm.arena import Arena, Block
+from ray_shm.errors import StartError
 from ray_shm.handle import ShmAddress
-from ray_shm.ring import Buffer, RingReader, RingWriter, Shape, record_bytes
-from ray_shm.segment import HEADER_BYTES, Segment, SegmentRef
+from ray_shm.lease import Leases
+from ray_shm.ring import LEASES, Buffer, RingReader, RingWriter, Shape, record_bytes
+from ray_shm.segment import Segment, start_time
 
 RING_BYTES = 1 << 20
 SMALLEST_RING = 1 << 16
 SMALLEST_INLINE = 4096  # records up to this size stand in the ring however many chunks there may be
-MOST_SEGMENTS = 128  # large messages under way; each costs two descriptors, of which a process may have 1,024
-KEEP_BYTES = 64 << 20  # a large segment up to this size is kept for the next large message
-_WHERE = struct.Struct("<IIQ16s")
+LEASE_BYTES = 1 << 18  # blocks from this size on are leased; below, copying is cheaper
+ARENA_BYTES = 1 << 30  # the default cap, unless twice the bound on unread bytes is more
+_WHERE = struct.Struct("<QQQiI")  # offset, size, bytes used, lease index, generation
 _WHERE_RECORD = record_bytes([_WHERE.size])
 
 
 @dataclass(slots=True)
 class _InFlight:
     end: int  # ring position after which no reader needs the message
-    segment: Segment | None  # None: it stands in the ring
+    block: Block | None  # None: it stands in the ring
     bytes: int  # of the message
 
 
 class ShmWriter:
     """The sending end. Not thread-safe: its owner holds a lock."""
 
-    def __init__(self, n_readers: int, max_chunk_bytes: int, max_chunks: int, ring_bytes: int = RING_BYTES) -> None:
+    def __init__(
+        self,
+        n_readers: int,
+        max_chunk_bytes: int,
+        max_chunks: int,
+        ring_bytes: int = RING_BYTES,
+        max_arena_bytes: int | None = None,
+        wakes: bool = True,
+    ) -> None:
         """Bound the unread bytes by max_chunk_bytes x max_chunks; one message larger than that goes through alone.
 
-        `ring_bytes`: the largest ring to make, a power of two.
+        Args:
+            ring_bytes: the largest ring to make, a power of two.
+            max_arena_bytes: bound of the memory for large messages, leased ones included; one message that finds no
+                room beside the leases goes through alone, beyond it.
+            wakes: readers sleep on this queue.
 
         Raises:
             StartError: no memory, or a platform without support. ValueError: too many readers.
@@ -55,154 +75,271 @@ class ShmWriter:
         while capacity < min(2 * self._bound, ring_bytes):
             capacity *= 2
         shape = Shape(n_readers, capacity)
-        self._segment = Segment.create(shape.bytes, "ring")
-        self.ring = RingWriter(self._segment, shape, max(capacity // (max_chunks + 2), SMALLEST_INLINE))
+        self._segment = Segment.create(shape.bytes, "queue", growable=True)
+        self.ring = RingWriter(self._segment, shape, max(capacity // (max_chunks + 2), SMALLEST_INLINE), wakes)
         self.address = ShmAddress(self._segment.ref, shape)
+        cap = max(ARENA_BYTES, 2 * self._bound) if max_arena_bytes is None else max_arena_bytes
+        self._arena = Arena(self._segment.fd, self._segment.size, cap)
+        self._lease_words = self._segment.view[shape.leases : shape.leases + 4 * LEASES * n_readers].cast("I")
+        self._free_leases = list(range(LEASES))
+        self._generation = 0
         self._tight = capacity > self._bound
         self._counted: deque[_InFlight] = deque()  # large messages; in a tight queue, all
         self._counted_bytes = 0
-        self._spare: Segment | None = None
+        self._leased: list[Block] = []  # read by all, and perhaps held by some
+        self._prepared: Block | None = None
+        self.large = 0  # messages that went through the arena
+        self._gone: set[int] = set()  # readers whose process is gone: their leases no longer count
 
-    def room(self, lengths: Sequence[int]) -> bool:
-        """Whether a message of frames this long can be sent now."""
-        total = record_bytes(lengths)
-        small = total <= self.ring.largest
-        if (self._counted or self._tight) and not self._within_bound(sum(lengths), small):
-            return False
-        return self.ring.reserve(total if small else _WHERE_RECORD) is not None
-
-    def _within_bound(self, nbytes: int, small: bool) -> bool:
-        self._reclaim()
-        unread = self._counted_bytes
-        if not self._tight:  # what stands in the ring is not counted
-            places = _WHERE_RECORD * len(self._counted)
-            unread += max(0, self.ring.published - self.ring.slowest() - places)
-        enough_descriptors = small or len(self._counted) < MOST_SEGMENTS or self._tight
-        return enough_descriptors and (unread == 0 or unread + nbytes <= self._bound)
-
-    def try_send(self, frames: Sequence[Buffer], lengths: Sequence[int], wake: bool = True) -> bool:
-        """`room` and `send` in one, for the common case short. False: no room now. Raises as `send`."""
+    def try_send(self, frames: Sequence[Buffer], lengths: Sequence[int]) -> bool:
+        """`room` and `send` in one, for the common case short. False: no room now. Raises as `room`."""
         total = record_bytes(lengths)
         if self._counted or self._tight or total > self.ring.largest:
             if not self.room(lengths):
                 return False
-            self.send(frames, lengths, wake)
+            self.send(frames, lengths)
             return True
+        if self._arena.reserved:  # once a lap
+            self._reclaim()
         at = self.ring.reserve(total)
         if at is None:
             return False
         self.ring.write(at, ring.INLINE, frames, total)
-        self.ring.publish(total, wake)
+        self.ring.publish(total)
         return True
 
-    def send(self, frames: Sequence[Buffer], lengths: Sequence[int], wake: bool = True) -> None:
-        """Publish a message for which `room` has just said yes. `wake`: see RingWriter.publish.
+    def put(self, frame: Buffer) -> bool:
+        """Send a message of one small frame if nothing is in the way; False: see `try_send`."""
+        return not self._counted and not self._tight and self.ring.put(frame)
+
+    def room(self, lengths: Sequence[int]) -> bool:
+        """Whether a message of frames this long can be sent now.
 
         Raises:
-            StartError: no memory for a large message; nothing was published.
+            StartError: no memory for a large message.
         """
         total = record_bytes(lengths)
-        if total > self.ring.largest:
-            segment = self._take_segment(HEADER_BYTES + total)
-            ring.write_record(segment.view, HEADER_BYTES, ring.INLINE, frames, total)
-            self._put(ring.LARGE, [_WHERE.pack(*_where(segment.ref))], _WHERE_RECORD, wake)
-            self._count(segment, sum(lengths))
-            return
-        self._put(ring.INLINE, frames, total, wake)
-        if self._tight:
-            self._count(None, sum(lengths))
+        small = total <= self.ring.largest
+        if (not small or self._counted or self._tight) and not self._within_bound(sum(lengths)):
+            return False
+        if small:
+            return self.ring.reserve(total) is not None
+        return self.ring.reserve(_WHERE_RECORD) is not None and self._prepare(arena.layout(lengths)[1])
 
-    def _put(self, kind: int, frames: Sequence[Buffer], total: int, wake: bool) -> None:
+    def _within_bound(self, nbytes: int) -> bool:
+        self._note_read()
+        unread = self._counted_bytes
+        if not self._tight:  # what stands in the ring is not counted
+            places = _WHERE_RECORD * len(self._counted)
+            unread += max(0, self.ring.published - self.ring.slowest() - places)
+        return unread == 0 or unread + nbytes <= self._bound
+
+    def _prepare(self, nbytes: int) -> bool:
+        """Find a block for the next message; False: unread messages fill the arena."""
+        if self._prepared is not None:
+            if self._prepared.size >= nbytes:
+                return True
+            self._arena.free(self._prepared)
+        self._reclaim()
+        # Unread messages are read some day, leases may be kept for ever: beside nothing but leases it goes alone.
+        alone = not any(item.block is not None for item in self._counted)
+        self._prepared = self._arena.allocate(nbytes, passing=alone)
+        return self._prepared is not None
+
+    def send(self, frames: Sequence[Buffer], lengths: Sequence[int]) -> None:
+        """Publish a message for which `room` has just said yes."""
+        total = record_bytes(lengths)
+        if total <= self.ring.largest:
+            self._put(ring.INLINE, frames, total)
+            if self._tight:
+                self._count(None, sum(lengths))
+            return
+        block, self._prepared = self._prepared, None
+        if block is None:
+            raise RuntimeError("send() without room(): a bug in ray-shm")
+        used = arena.layout(lengths)[1]
+        self._lease(block, used)
+        if futex.fence is not None:
+            futex.fence()  # SYNC POINT: cursors before reuse
+        try:
+            arena.fill(block, frames, lengths)
+        except BaseException:  # Ctrl-C while copying; nothing was published
+            self._free_block(block)
+            raise
+        where = _WHERE.pack(block.offset, block.size, used, block.lease, block.generation)
+        self._put(ring.LARGE, [where], _WHERE_RECORD)
+        self.large += 1
+        self._count(block, sum(lengths))
+
+    def _lease(self, block: Block, used: int) -> None:
+        """Decide whether readers may keep a message's memory."""
+        taken = sum(b.size for b in self._blocks() if b.lease >= 0)
+        within = taken + block.size <= self._arena.cap // 2 or (not taken and block.size <= self._arena.cap)
+        if used >= LEASE_BYTES and within and not block.passing and self._free_leases:
+            block.lease = self._free_leases.pop()
+            self._generation = block.generation = self._generation % 0xFFFFFFFF + 1  # never 0
+        else:
+            block.lease = -1
+
+    def _blocks(self) -> list[Block]:
+        return [*(item.block for item in self._counted if item.block is not None), *self._leased]
+
+    def _put(self, kind: int, frames: Sequence[Buffer], total: int) -> None:
         at = self.ring.reserve(total)
         if at is None:
             raise RuntimeError("send() without room(): a bug in ray-shm")
         self.ring.write(at, kind, frames, total)
-        self.ring.publish(total, wake)
+        self.ring.publish(total)
 
-    def _count(self, segment: Segment | None, nbytes: int) -> None:
-        self._counted.append(_InFlight(self.ring.tail, segment, nbytes))
+    def _count(self, block: Block | None, nbytes: int) -> None:
+        self._counted.append(_InFlight(self.ring.tail, block, nbytes))
         self._counted_bytes += nbytes
 
-    def _take_segment(self, size: int) -> Segment:
-        spare, self._spare = self._spare, None
-        if spare is not None and spare.size >= size:
-            return spare
-        if spare is not None:
-            spare.close()
-        return Segment.create(size, "large")
-
-    def _reclaim(self) -> None:
+    def _note_read(self) -> None:
+        """Move what every reader has consumed from the unread to the leased."""
         slowest = self.ring.slowest()
         while self._counted and self._counted[0].end <= slowest:
             done = self._counted.popleft()
             self._counted_bytes -= done.bytes
-            if done.segment is None:
-                continue
-            if self._spare is None and done.segment.size <= KEEP_BYTES:
-                self._spare = done.segment
+            if done.block is not None:
+                self._leased.append(done.block)
+
+    def _reclaim(self) -> None:
+        """Free the blocks that no reader holds any more, and give back the memory of those long free."""
+        if not self._leased:
+            self._arena.trim()
+            return
+        if futex.fence is not None:
+            futex.fence()  # lease words are stored before cursors, and seen in that order
+        held = []
+        for block in self._leased:
+            if self._holders(block):
+                held.append(block)
             else:
-                done.segment.close()
+                self._free_block(block)
+        self._leased = held
+        self._arena.trim()
+
+    def _holders(self, block: Block) -> Sequence[int]:
+        """Readers (by position) that hold objects in `block`."""
+        if block.lease < 0:
+            return ()
+        return [
+            i
+            for i in range(self.ring.shape.n_readers)
+            if self._lease_words[i * LEASES + block.lease] == block.generation and i not in self._gone
+        ]
+
+    def _free_block(self, block: Block) -> None:
+        if block.lease >= 0:
+            self._free_leases.append(block.lease)
+        self._arena.free(block)
+
+    def holders(self) -> dict[int, tuple[int, int]]:
+        """Reader position → (blocks, bytes) that it keeps from reuse, unread or leased."""
+        self._note_read()
+        self._reclaim()
+        blocks: Counter[int] = Counter()
+        nbytes: Counter[int] = Counter()
+        for item in self._counted:
+            for i in range(self.ring.shape.n_readers):
+                behind = self.ring.published - self.ring.lag(i) < item.end
+                if item.block is not None and i not in self.ring.dropped and behind:
+                    blocks[i] += 1
+                    nbytes[i] += item.block.size
+        for block in self._leased:
+            for i in self._holders(block):
+                blocks[i] += 1
+                nbytes[i] += block.size
+        return {i: (blocks[i], nbytes[i]) for i in sorted(blocks)}
+
+    @property
+    def arena_bytes(self) -> int:
+        """Memory in the arena, free blocks included."""
+        return self._arena.reserved
+
+    def drop(self, reader: int, gone: bool) -> None:
+        """Never wait for `reader` again. `gone`: nor for what it leased, its process has ended."""
+        self.ring.drop(reader)
+        if gone:
+            self._gone.add(reader)
 
     def announce_close(self) -> None:
         """Tell the readers that nothing more will come."""
         self.ring.set_phase(ring.CLOSED)
 
-    def large_unread(self) -> bool:
-        """Whether some reader has still to attach to, or to copy from, a segment of ours."""
-        self._reclaim()
-        return any(item.segment is not None for item in self._counted)
-
     def close(self) -> None:
-        """Let go of the memory; readers that attached to the ring still read what stands there. Idempotent."""
-        for item in self._counted:
-            if item.segment is not None:
-                item.segment.close()
+        """Let go of the memory; readers that attached still read all that was sent. Idempotent."""
+        prepared = [self._prepared] if self._prepared is not None else []
+        self._prepared = None
+        self._arena.close([*self._blocks(), *prepared])
         self._counted.clear()
-        if self._spare is not None:
-            self._spare.close()
-            self._spare = None
+        self._leased.clear()
         self._segment.close()
 
-
-def _where(ref: SegmentRef) -> tuple[int, int, int, bytes]:
-    return ref.pid, ref.fd, ref.size, ref.nonce
+    def abandon(self) -> None:
+        """In a forked child: close the descriptor, and leave the memory to the parent."""
+        self._segment.close()
 
 
 class ShmReader:
     """The receiving end number `index`. Not thread-safe: its owner holds a lock."""
 
     def __init__(self, address: ShmAddress, index: int, pid: int) -> None:
-        """Raises AttachError where the memory cannot be reached from this process."""
+        """Raises AttachError where the memory cannot be reached from here, StartError where `index` is taken."""
         futex.require_supported()
         self._segment = Segment.attach(address.ref)
+        occupant = RingReader.occupant(self._segment, index)
+        if occupant and start_time(occupant):
+            self._segment.close()
+            raise StartError(f"that place is taken: process {occupant} reads there and is alive")
         self.ring = RingReader(self._segment, address.shape, index, pid)
-        self._last: Segment | None = None  # the large segment that came last; writers reuse theirs
+        fresh = self.ring.previous_pid != pid
+        self._leases = Leases(os.dup(self._segment.fd), self.ring.leases, self.ring.lease_release(), fresh)
+        self.large = 0  # messages that came through the arena
+        self._frames: list[memoryview] | None = None  # of a large message that was peeked and not released
+        self.owned = False  # the frames peeked last, but for the first, may be kept: they lie in leased memory
 
     def peek(self) -> list[memoryview] | None:
-        """Frames of the next message, or None. They stay valid until `release`.
+        """Frames of the next message, or None. They stay valid until `release`; where `owned`, all but the first do
+        for as long as something refers to them.
 
         Raises:
-            AttachError: a large message's memory is gone, because the writer closed or died.
+            OSError: a large message's memory cannot be mapped (too many mappings). It can be tried again.
         """
+        if self._frames is not None:
+            return self._frames
         record = self.ring.peek()
         if record is None:
             return None
         kind, frames = record
+        self.owned = False
         return self._large(frames[0]) if kind == ring.LARGE else frames
 
     def _large(self, where: memoryview) -> list[memoryview]:
-        pid, fd, size, nonce = _WHERE.unpack(where)
-        if self._last is None or self._last.ref.nonce != nonce:
-            self._last = Segment.attach(SegmentRef(pid, fd, size, nonce, "", 0))
-        return ring.read_record(self._last.view, HEADER_BYTES)[2]
+        offset, size, used, lease, generation = _WHERE.unpack(where)
+        if lease < 0:
+            view = self._leases.window(offset, size).view()[:used]
+        else:
+            view = self._leases.take((offset, size), used, lease, generation)
+            self.owned = True
+        self._frames = arena.contents(view)
+        self.large += 1
+        return self._frames
 
     def release(self) -> None:
+        self._frames = None
         self.ring.release()
-        if self._last is not None and self._last.size > KEEP_BYTES:
-            self._last = None
 
     def close(self) -> None:
-        """Tell the writer that this reader left. Idempotent."""
-        self._last = None
+        """Tell the writer that this reader left. What was received stays valid. Idempotent."""
+        self._frames = None
+        self._leases.close()
         self.ring.set_state(ring.LEFT)
+        self._segment.close()
+
+    def abandon(self) -> None:
+        """In a forked child: close the descriptors, and leave the rest to the parent."""
+        self._frames = None
+        self._leases.close()
         self._segment.close()

@@ -2,8 +2,10 @@
 
 Runs in every process. Measured round trips over 1/2/4/8 readers on two cores, p50 in µs: park only 5/12/16/37,
 20 guarded yields 5/5/12/22, 1,000 loads 2/49/93/183: spinning long loses as soon as processes outnumber cores.
-The guard: a yield that takes over 100 µs means that others want the core, and bans yields for 20 ms, doubling to 1 s
-(unguarded, one busy process per core makes a call cost 4-8 ms).
+The guard: a yield that takes over SLOW_YIELD means that others want the core, and bans yields for 20 ms, doubling to 1
+s (unguarded, one busy process per core makes a call cost 4-8 ms).
+
+To tune: the environment variable RAY_SHM_YIELDS (yields before a sleep; 0: always sleep at once), read on import.
 """
 
 from __future__ import annotations
@@ -15,23 +17,27 @@ from collections.abc import Callable
 from ray_shm.deadline import Deadline
 from ray_shm.futex import Word
 
-YIELDS = 20
+YIELDS = int(os.environ.get("RAY_SHM_YIELDS", "20"))
 IDLE_PARK = 0.5  # seconds; how often a sleeper looks up by itself: at most 2 wake-ups a second
 CANCEL_PARK = 0.05  # seconds, while a threading.Event is watched: it cannot wake a futex
-_SLOW_YIELD = 100_000  # ns
+SLOW_YIELD = 100_000  # ns
 _FIRST_BAN = 20_000_000  # ns
 _LONGEST_BAN = 1_000_000_000  # ns
 
 
 class Waiter:
-    """Waits on one word. Keeps what its yields cost; one per waiting thread or per lock, not shared freely."""
+    """Waits on one word. Keeps what its yields cost; one per waiting thread or per lock, not shared freely.
 
-    __slots__ = ("_ban", "_banned_until", "parks")
+    Attributes:
+        waits, yields, parks: how often it had to wait, gave up the core for a moment, and slept; for statistics.
+    """
+
+    __slots__ = ("_ban", "_banned_until", "parks", "waits", "yields")
 
     def __init__(self) -> None:
         self._ban = _FIRST_BAN
         self._banned_until = 0
-        self.parks = 0  # times gone to sleep, for statistics
+        self.waits = self.yields = self.parks = 0
 
     def wait(
         self,
@@ -46,6 +52,7 @@ class Waiter:
         `word` must change whenever `ready()` may have become true. `on_park` runs after every sleep, woken or not: it
         may look for dead peers, and ends the wait by raising.
         """
+        self.waits += 1
         if self._spin(ready):
             return True
         while True:
@@ -67,15 +74,18 @@ class Waiter:
         before = time.perf_counter_ns()
         if before < self._banned_until:
             return False
-        for _ in range(YIELDS):
+        for number in range(YIELDS):
             if ready():
+                self.yields += number
                 return True
             os.sched_yield()
             now = time.perf_counter_ns()
-            if now - before > _SLOW_YIELD:
+            if now - before > SLOW_YIELD:
+                self.yields += number
                 self._banned_until = now + self._ban
                 self._ban = min(2 * self._ban, _LONGEST_BAN)
-                return False
+                return ready()
             before = now
+        self.yields += YIELDS
         self._ban = _FIRST_BAN
         return False

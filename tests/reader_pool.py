@@ -103,6 +103,10 @@ class Wire:
     def results(self) -> list[Any]:
         return [peer.result() for peer in self.peers]
 
+    def late_text(self, *ranks: int) -> str:
+        """Pattern of what a writer says of late readers."""
+        return ", ".join(rf"rank {r} \(pid {self.peers[r].process.pid}\) is [\d,]+ bytes behind" for r in ranks)
+
     def close_readers(self) -> None:
         for peer in self.peers:
             if peer.process.is_alive():

@@ -230,7 +230,7 @@ def test_a_full_queue_times_out_naming_late_readers_and_stays_intact(make_wire: 
     wire.queue.enqueue((0, bytes(1000)), WATCHDOG)
     wire.queue.enqueue((1, bytes(1000)), WATCHDOG)
     for _ in range(2):
-        with pytest.raises(TimeoutError, match=r"rank 0 \([\d,]+ bytes behind\), rank 1 \([\d,]+ bytes behind\)"):
+        with pytest.raises(TimeoutError, match=wire.late_text(0, 1)):
             wire.queue.enqueue((2, bytes(1000)), SOON)
     wire.peers[1].run(take)
     with pytest.raises(TimeoutError) as caught:
@@ -258,7 +258,7 @@ def test_dequeue_times_out_and_goes_on(make_wire: MakeWire) -> None:
     wire.start(take_error, SOON)
     for error, peer in zip(wire.results(), wire.peers, strict=True):
         assert error.startswith(f"TimeoutError: no message from pid {os.getpid()} on ")
-        assert f"within 0.15 s (this is pid {peer.process.pid})" in error
+        assert f"pid {peer.process.pid})" in error
     wire.start(take_error, 0.0)
     assert all(error.startswith("TimeoutError") for error in wire.results())
     wire.queue.enqueue("then")

@@ -95,14 +95,16 @@ def test_a_killed_writer_is_lost_once_its_messages_are_read(peer: Peer, n_local:
             reader.dequeue(0)
 
 
-def test_a_large_message_that_went_with_its_writer(peer: Peer) -> None:
+@pytest.mark.parametrize("size", [100_000, 500_000], ids=["copied", "leased"])
+def test_a_large_message_outlives_its_writer(peer: Peer, size: int) -> None:
+    """Its memory is in the memfd that the readers opened when they attached."""
     handle = peer.run(make_queue, 2)
     with MessageQueue.create_from_handle(handle, 0) as reader, MessageQueue.create_from_handle(handle, 1):
-        peer.run(send_numbers, 1, 500_000)
+        peer.run(send_numbers, 3, size)
         peer.kill()
-        for _ in range(2):
-            with pytest.raises(PeerLostError, match="large message"):
-                reader.dequeue(WATCHDOG)
+        assert [reader.dequeue(WATCHDOG) for _ in range(3)] == [(k, bytes(size)) for k in range(3)]
+        with pytest.raises(PeerLostError):
+            reader.dequeue(WATCHDOG)
 
 
 def test_a_writer_killed_before_the_barrier(peer: Peer) -> None:

@@ -328,9 +328,9 @@ def test_phases_and_states_are_seen_across() -> None:
     assert reader.phase == ring.STARTING
     writer.set_phase(ring.READY)
     assert reader.phase == ring.READY
-    assert not reader.announced()
+    assert not reader.news()
     writer.set_phase(ring.CLOSED)
-    assert reader.announced()
+    assert reader.news()
     reader.set_state(ring.LEFT)
     assert writer.state(0) == ring.LEFT
     owner.close()

@@ -1,0 +1,324 @@
+"""What ``ray-shm bench queue`` found, as a table, as JSON lines, or as a plot. Runs in the driver; measures nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich import progress as rich_progress
+from rich.console import Console
+from rich.table import Table
+
+from ray_shm.actors.queue_peers import Cell
+
+_PACKAGES = ("ray-shm", "numpy", "pyzmq", "iceoryx2")
+_UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1))
+_LOOKS = {  # of each peer's line: color-blind safe colors (Okabe and Ito), floors in grey
+    "ray-shm shm": ("#d55e00", "o", "-"),
+    "ray-shm zmq": ("#0072b2", "o", "-"),
+    "iceoryx2": ("#009e73", "s", "-"),
+    "pyzmq": ("#56b4e9", "^", "-"),
+    "multiprocessing.Pipe": ("#cc79a7", "v", "-"),
+    "memcpy": ("#555555", "x", "--"),
+    "memcpy and sums": ("#555555", "x", "--"),
+    "pipe ping-pong": ("#999999", None, ":"),
+}
+WIDTH = 126  # columns, of what does not go to a terminal
+NOTES = (
+    "A call ends with the last reader's reply; GB/s is the payload, counted once per call, by the p50; CPU is user and "
+    "system time per call, of the driver and all readers together. Floors: memcpy is one thread's copy of the payload "
+    "into warm shared memory and calls nobody, pipe ping-pong is one byte to one process and back. "
+    "÷ ours: p50 divided by that of the cell's first row."
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Round trips of one peer in one cell. Times in microseconds; cpu_us: of all processes together, per call.
+
+    gb_per_s: 10⁹ payload bytes per second at p50, counted once per call; None where no payload moves.
+    """
+
+    peer: str
+    readers: int
+    payload_bytes: int
+    touch: bool
+    calls: int
+    p50_us: float
+    p90_us: float
+    p99_us: float
+    gb_per_s: float | None
+    cpu_us: float
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What was not measured, and why. None: in no cell."""
+
+    peer: str
+    readers: int | None
+    payload_bytes: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Queues that wait while the driver sleeps. cpu_percent: of one core, all processes together. worst: a reader's."""
+
+    peer: str
+    readers: int
+    seconds: float
+    cpu_percent: float
+    wake_ups_per_s_driver: float
+    wake_ups_per_s_mean: float
+    wake_ups_per_s_worst: float
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "100B", "64KiB", "1 GiB" or "4096".
+
+    Raises:
+        ValueError: it is not such a text, or less than 1.
+    """
+    for unit, factor in _UNITS:
+        if text.lower().endswith(unit.lower()):
+            size = int(float(text[: -len(unit)]) * factor)
+            break
+    else:
+        size = int(text)
+    if size < 1:
+        raise ValueError(f"{text!r} is less than one byte")
+    return size
+
+
+def size_text(size: int) -> str:
+    """The inverse: "64 KiB"."""
+    unit, factor = next(pair for pair in _UNITS if size >= pair[1] or pair[1] == 1)
+    value = size / factor
+    return f"{value:.0f} {unit}" if value >= 1000 else f"{value:.4g} {unit}"
+
+
+def cell_text(payload_bytes: int, readers: int) -> str:
+    """Such as "1 MiB to 8 readers"."""
+    return f"{size_text(payload_bytes)} to {readers} reader{'s' * (readers > 1)}"
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    versions = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "cpus": len(os.sched_getaffinity(0)),
+        "cpu": _cpu_model(),
+        "kernel": platform.release(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def _machine_text() -> str:
+    facts = machine()
+    return f"{facts['cpus']} CPUs, {facts['cpu']}, Linux {facts['kernel']}, Python {facts['python']}"
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return "unknown"
+
+
+class Report:
+    """Collects rows; prints JSON lines as they come, or the table at the end. warm_up: the sentence on such calls."""
+
+    def __init__(self, as_json: bool, warm_up: str, touch: bool) -> None:
+        self.as_json = as_json
+        self.rows: list[Row] = []
+        self.left_out: list[LeftOut] = []
+        self.idle: Idle | None = None
+        self._notes = f"{NOTES} {'Readers sum the payload. ' if touch else ''}{warm_up}"
+        if as_json:
+            self._line("machine", machine() | {"notes": self._notes})
+
+    def add(self, rows: Sequence[Row]) -> None:
+        self.rows += rows
+        if self.as_json:
+            for row in rows:
+                self._line("row", asdict(row))
+
+    def leave_out(self, left_out: LeftOut) -> None:
+        self.left_out.append(left_out)
+        if self.as_json:
+            self._line("left out", asdict(left_out))
+
+    def finish(self) -> None:
+        """Print what is not printed yet; also after a failure, with the rows so far."""
+        if self.as_json:
+            if self.idle is not None:
+                self._line("idle", asdict(self.idle))
+        elif self.rows:
+            console = Console()
+            if not console.is_terminal:  # a file or a pipe: as wide as the table
+                console = Console(width=WIDTH)
+            console.print(self._table(), *self._lines(), sep="\n")
+
+    @contextlib.contextmanager
+    def progress(self, cells: int) -> Iterator[Progress]:
+        """A line on standard error, if that is a terminal."""
+        columns = (rich_progress.TextColumn("{task.description}"), rich_progress.BarColumn(30))
+        console = Console(stderr=True)
+        # Drawn by hand: a thread that draws ten times a second would be measured, too.
+        with rich_progress.Progress(
+            *columns, console=console, transient=True, auto_refresh=False, disable=not console.is_terminal
+        ) as bar:
+            yield Progress(bar, cells)
+
+    def _line(self, kind: str, values: dict[str, Any]) -> None:
+        print(json.dumps({"kind": kind, **values}), flush=True)
+
+    def _table(self) -> Table:
+        title = f"Call and reply over queue pairs: {_machine_text()}"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        for name in ("payload", "readers", "peer"):
+            table.add_column(name, no_wrap=True)
+        for name in ("calls", "p50 µs", "p90 µs", "p99 µs", "GB/s", "CPU µs", "÷ ours"):
+            table.add_column(name, justify="right", no_wrap=True)
+        before = None
+        for row in self.rows:
+            cell = (row.payload_bytes, row.readers)
+            if before not in (None, cell):
+                table.add_section()
+            first = ("", "") if before == cell else (size_text(row.payload_bytes), str(row.readers))
+            table.add_row(*first, *self._cells(row))
+            before = cell
+        return table
+
+    def _cells(self, row: Row) -> list[str]:
+        ours = next(r for r in self.rows if (r.payload_bytes, r.readers) == (row.payload_bytes, row.readers))
+        ratio = f"{row.p50_us / ours.p50_us:.2f}" if ours.peer.startswith("ray-shm") and row is not ours else ""
+        speed = "" if row.gb_per_s is None else f"{row.gb_per_s:.2f}" if row.gb_per_s >= 0.01 else "<0.01"
+        p50, p90, p99, cpu = (_figure(value) for value in (row.p50_us, row.p90_us, row.p99_us, row.cpu_us))
+        return [row.peer, f"{row.calls:,}", p50, p90, p99, speed, cpu, ratio]
+
+    def _lines(self) -> list[str]:
+        lines = [self._notes]
+        for item in self.left_out:
+            where = f", {cell_text(item.payload_bytes, item.readers)}" if item.payload_bytes and item.readers else ""
+            lines.append(f"Left out: {item.peer}{where}: {item.reason}")
+        if self.idle is not None:
+            idle = self.idle
+            lines.append(
+                f"Idle: {idle.peer}, {idle.readers} readers, {idle.seconds:g} s: {idle.cpu_percent:g} % of one core in "
+                f"all processes together; wake-ups per second: {idle.wake_ups_per_s_mean:g} in a reader on average, "
+                f"{idle.wake_ups_per_s_worst:g} at most, {idle.wake_ups_per_s_driver:g} in the driver."
+            )
+        return lines
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+
+
+class Progress:
+    """The line on standard error."""
+
+    def __init__(self, bar: rich_progress.Progress, cells: int) -> None:
+        self._bar = bar
+        self._cells = cells
+        self._done = -1
+        self._cell = ""
+        self._task = bar.add_task("starting workers", total=cells)
+
+    def begin(self, cell: Cell) -> None:
+        self._done += 1
+        self._cell = f"{cell_text(cell.payload_bytes, cell.readers)} ({self._done + 1} of {self._cells})"
+        self._show(self._cell)
+
+    def peer(self, name: str) -> None:
+        self._show(f"{self._cell}: {name}")
+
+    def idle(self, seconds: float) -> None:
+        self._done = self._cells
+        self._show(f"idle for {seconds:g} s")
+
+    def _show(self, text: str) -> None:
+        self._bar.update(self._task, description=text, completed=self._done, refresh=True)
+
+
+def require_plot() -> None:
+    """Raises ModuleNotFoundError, which says what to install, where matplotlib is missing: asked before measuring."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("--plot needs matplotlib: pip install 'ray-shm[bench]'", name="matplotlib")
+
+
+def plot(rows: Sequence[Row], path: str) -> None:
+    """p50 over payload of every peer, both axes logarithmic, one panel per number of readers; written to `path`."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    readers = sorted({row.readers for row in rows})
+    columns = min(2, len(readers))
+    lines = -(-len(readers) // columns)
+    figure, grid = pyplot.subplots(
+        lines, columns, figsize=(1 + 5.5 * columns, 1.2 + 3.9 * lines), sharex=True, sharey=True, squeeze=False
+    )
+    panels = [panel for line in grid for panel in line]
+    for panel, count in zip(panels, readers, strict=False):
+        _draw(panel, [row for row in rows if row.readers == count])
+        panel.set_title(f"{count} reader{'s' * (count > 1)}", fontsize=11)
+    for panel in panels[len(readers) :]:
+        panel.set_visible(False)
+    for panel in grid[-1]:
+        panel.set_xlabel("payload")
+    for line in grid:
+        line[0].set_ylabel("p50 of a call")
+    figure.suptitle(f"Call, and replies of all readers\n{_machine_text()}", fontsize=10)
+    drawn = [panel.get_legend_handles_labels() for panel in panels]
+    keys = {label: handle for handles, labels in drawn for handle, label in zip(handles, labels, strict=True)}
+    names = [name for name in _LOOKS if name in keys]
+    figure.legend([keys[name] for name in names], names, loc="lower center", ncols=4, frameon=False)
+    figure.tight_layout(rect=(0, 0.06 if lines > 1 else 0.11, 1, 1))
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _draw(panel: Any, rows: Sequence[Row]) -> None:
+    sizes = sorted({row.payload_bytes for row in rows})
+    for peer, (color, marker, dashes) in _LOOKS.items():
+        points = sorted((row.payload_bytes, row.p50_us) for row in rows if row.peer == peer)
+        if points:
+            ours = peer.startswith("ray-shm")
+            panel.plot(
+                *zip(*points, strict=True), color=color, marker=marker, linestyle=dashes, label=peer,
+                linewidth=2.4 if ours else 1.4, markersize=6 if ours else 4, zorder=3 if ours else 2,
+            )  # fmt: skip
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    slanted = {"rotation": 35, "ha": "right"} if len(sizes) > 7 else {}
+    panel.set_xticks(sizes, [size_text(size) for size in sizes], fontsize=9, **slanted)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.yaxis.set_major_formatter(lambda value, _: _time_text(value))
+    panel.set_xticks([], minor=True)
+    panel.grid(True, which="major", alpha=0.3)
+
+
+def _time_text(micros: float) -> str:
+    for unit, factor in (("s", 1e6), ("ms", 1e3)):
+        if micros >= factor:
+            return f"{micros / factor:g} {unit}"
+    return f"{micros:g} µs"

@@ -1,0 +1,207 @@
+"""The writer's side of large payloads: blocks of memory behind the ring, in the same memfd. Runs in the writer.
+
+One memfd, and not further ones as it grows: readers open it once, when they attach, so what was published can still be
+read after the writer died; no queue needs more than one descriptor at its writer; and a hole punched into it gives
+memory back at once, whatever readers have mapped.
+
+A block holds one message: ``count u64 | length u64 x count | frames``, each frame at a multiple of 64. Its states, and
+who may touch it:
+
+    free      the writer writes it
+    unread    its record stands in the ring: nobody writes, readers read
+    leased    all cursors are past the record; while some reader's lease word equals the block's generation, that reader
+              still holds objects that lie in it
+    hollow    its memory was given back; only the range is left, for the next block of that size
+
+A reader stores its lease word before its cursor, and zero when the last object is gone; the writer looks at cursors
+first, then (after a fence) at lease words. What this file does not do: leases themselves (lease.py), and waiting.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from ray_shm.errors import StartError
+from ray_shm.ring import Buffer
+from ray_shm.segment import require_memory
+from ray_shm.windows import Window, punch_hole
+
+IDLE_SECONDS = 10.0  # how long a free block keeps its memory
+_FINEST = 1 << 16  # sizes are multiples of this, and of a sixteenth of the power of two below
+_ALIGN = 64
+_COUNT = struct.Struct("<Q")
+_THREADED_COPY = 8 << 20  # bytes from which a copy is shared by threads
+_COPY_THREADS = min(4, len(os.sched_getaffinity(0)))
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """A range of the memfd."""
+
+    offset: int
+    size: int
+    window: Window | None = None  # None: hollow
+    lease: int = -1  # index of the lease words; -1: readers copy out
+    generation: int = 0
+    free_since: float = 0.0
+    passing: bool = False  # beyond the cap: its memory is given back as soon as it was read
+
+
+def block_bytes(nbytes: int) -> int:
+    """Size class of a block for `nbytes`: at most a sixteenth, or 64 KiB, more than needed."""
+    step = max(_FINEST, 1 << max(0, nbytes.bit_length() - 5))
+    return -(-nbytes // step) * step
+
+
+def layout(lengths: Sequence[int]) -> tuple[list[int], int]:
+    """Where frames of these lengths begin in a block, and the bytes of all."""
+    at = -(-8 * (1 + len(lengths)) // _ALIGN) * _ALIGN
+    starts = []
+    for length in lengths:
+        starts.append(at)
+        at = -(-(at + length) // _ALIGN) * _ALIGN
+    return starts, at
+
+
+class Arena:
+    """Blocks of one queue, at most `cap` bytes of memory in all but for one passing block. Not thread-safe."""
+
+    def __init__(self, fd: int, start: int, cap: int) -> None:
+        """`start`: page-aligned offset behind the ring."""
+        self._fd = fd
+        self._end = start
+        self.cap = cap
+        self.reserved = 0  # bytes of memory in blocks, free ones included
+        self._free: list[Block] = []
+        self._hollow: list[Block] = []
+
+    def allocate(self, nbytes: int, passing: bool = False) -> Block | None:
+        """A block for `nbytes`; None: the cap is reached. `passing`: go beyond the cap then.
+
+        Raises:
+            StartError: the machine or a memory cgroup has less left than that; nothing was taken.
+        """
+        size = block_bytes(nbytes)
+        found = _best(self._free, size)
+        if found is not None:
+            self._free.remove(found)
+            return found
+        while self.reserved + size > self.cap and self._free:
+            self._give_back(min(self._free, key=lambda block: block.free_since))
+        beyond = self.reserved + size > self.cap
+        if beyond and not passing:
+            return None
+        block = self._reserve(size)
+        block.passing = beyond
+        return block
+
+    def free(self, block: Block) -> None:
+        block.free_since = time.monotonic()
+        block.lease = -1
+        self._free.append(block)
+        if block.passing:
+            self._give_back(block)
+
+    def trim(self) -> None:
+        """Give back the memory of blocks that nobody has used for IDLE_SECONDS."""
+        before = time.monotonic() - IDLE_SECONDS
+        for block in [block for block in self._free if block.free_since < before]:
+            self._give_back(block)
+
+    def _reserve(self, size: int) -> Block:
+        require_memory(size, "a large message")
+        block = _best(self._hollow, size)
+        fresh = block is None
+        if block is None:
+            block = Block(self._end, size)
+        try:
+            os.posix_fallocate(self._fd, block.offset, block.size)
+            block.window = Window(self._fd, block.offset, block.size, private=False)
+        except OSError as exc:
+            raise StartError(
+                f"cannot reserve {block.size:,} bytes of shared memory for a large message: {exc}"
+            ) from exc
+        if fresh:
+            self._end += block.size
+        else:
+            self._hollow.remove(block)
+        self.reserved += block.size
+        return block
+
+    def _give_back(self, block: Block) -> None:
+        self._free.remove(block)
+        if block.window is not None:
+            block.window.unmap()
+            block.window = None
+        punch_hole(self._fd, block.offset, block.size)
+        self.reserved -= block.size
+        block.passing = False
+        self._hollow.append(block)
+
+    def close(self, blocks: Sequence[Block]) -> None:
+        """Unmap the free blocks and these. The memory goes with the last descriptor and mapping."""
+        for block in (*self._free, *blocks):
+            if block.window is not None:
+                block.window.unmap()
+                block.window = None
+
+
+def _best(blocks: Sequence[Block], size: int) -> Block | None:
+    """The smallest of at least `size`, and not over twice that."""
+    return min((b for b in blocks if size <= b.size <= 2 * size), key=lambda b: b.size, default=None)
+
+
+def fill(block: Block, frames: Sequence[Buffer], lengths: Sequence[int]) -> None:
+    """Copy a message in; the frames are the caller's again when this returns."""
+    if block.window is None:
+        raise RuntimeError("a block without memory: a bug in ray-shm")
+    view = block.window.view()
+    view[: 8 * (1 + len(lengths))] = struct.pack(f"<{1 + len(lengths)}Q", len(lengths), *lengths)
+    for start, frame, length in zip(layout(lengths)[0], frames, lengths, strict=True):
+        if length >= _THREADED_COPY and _COPY_THREADS > 1:
+            _copy_with_threads(view[start : start + length], frame)
+        elif length >= _FINEST:
+            np.copyto(np.frombuffer(view[start : start + length], np.uint8), np.frombuffer(frame, np.uint8))
+        else:
+            view[start : start + length] = frame
+
+
+def contents(view: memoryview) -> list[memoryview]:
+    """The frames of a block."""
+    (count,) = _COUNT.unpack_from(view)
+    lengths = struct.unpack_from(f"<{count}Q", view, 8)
+    return [view[start : start + n] for start, n in zip(layout(lengths)[0], lengths, strict=True)]
+
+
+_pool: ThreadPoolExecutor | None = None
+_pool_lock = threading.Lock()
+
+
+def _copy_with_threads(target: memoryview, source: Buffer) -> None:
+    """Two cores copy 37 GB/s where one copies 20 (measured): the calling thread copies its part, too."""
+    global _pool
+    with _pool_lock:
+        if _pool is None:
+            _pool = ThreadPoolExecutor(_COPY_THREADS - 1, "ray_shm-copy")
+    to, of = np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8)
+    part = -(-len(to) // _COPY_THREADS // _ALIGN) * _ALIGN
+    copies = [_pool.submit(np.copyto, to[at : at + part], of[at : at + part]) for at in range(part, len(to), part)]
+    np.copyto(to[:part], of[:part])
+    for copy in copies:
+        copy.result()
+
+
+def _forget_pool() -> None:
+    global _pool, _pool_lock
+    _pool, _pool_lock = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_pool)

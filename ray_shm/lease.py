@@ -1,0 +1,147 @@
+"""A reader's side of large payloads: memory of the writer's arena that received objects lie in, until they are gone.
+
+Runs in the readers. A block is mapped copy-on-write, so what a receiver writes nobody else sees; and it is leased, so
+it never changes under what the receiver holds::
+
+    objects (arrays, tensors, slices, views of views) -> memoryview -> block (a ctypes array) <- Lease (a weak
+    reference)
+
+Everything that lies in the block keeps the ctypes array alive, through the buffer protocol or as its base. When that is
+collected, wherever and in whatever thread, the lease drops the pages that were written to and stores zero in its lease
+word, which one process only ever writes. That takes no lock: it may happen inside of `enqueue`.
+
+`weakref.finalize` would not do: on a memoryview it fires while views of it live, and at interpreter exit it runs while
+arrays live. A forked child is not covered by its parent's lease; so before a fork, live leases become private memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from ray_shm.windows import Window, drop_all_pages, drop_own_pages, own_pages
+
+_live: dict[int, Lease] = {}  # by id: a weak reference hashes as what it refers to
+_pagemap = -1  # descriptor of /proc/self/pagemap
+
+
+class Lease(weakref.ref):  # type: ignore[type-arg]  # to a ctypes array
+    """One message's memory, held by this process."""
+
+    __slots__ = ("index", "key", "nbytes", "owner", "window")
+
+    owner: Leases
+    key: tuple[int, int]
+    window: Window
+    nbytes: int
+    index: int
+
+
+class Leases:
+    """The leases of one reading end, and its windows onto the arena."""
+
+    def __init__(self, fd: int, words: memoryview, give_back: Callable[[int], None], fresh: bool) -> None:
+        """`fd` is this object's to close. `words`: this reader's lease words; `fresh`: of another process before."""
+        self._fd = fd
+        self._words = words
+        self._give_back = give_back
+        self._windows: dict[tuple[int, int], Window] = {}
+        self._closed = False
+        if fresh:
+            words[:] = memoryview(bytes(words.nbytes)).cast("I")
+
+    def window(self, offset: int, size: int) -> Window:
+        """This process's copy-on-write view of a block. Raises OSError where it cannot be mapped."""
+        window = self._windows.get((offset, size))
+        if window is None:
+            window = self._windows[offset, size] = Window(self._fd, offset, size, private=True)
+        return window
+
+    def take(self, key: tuple[int, int], nbytes: int, index: int, generation: int) -> memoryview:
+        """The first `nbytes` of the block at `key` (offset, size), leased until nothing refers to them any more."""
+        window = self.window(*key)
+        window.held = True
+        self._words[index] = generation  # before the cursor is stored
+        block = (ctypes.c_char * nbytes).from_address(window.address)
+        lease = Lease(block, _returned)
+        lease.owner, lease.key, lease.window, lease.nbytes, lease.index = self, key, window, nbytes, index
+        _live[id(lease)] = lease
+        return memoryview(block).cast("B")
+
+    def returned(self, lease: Lease) -> None:
+        """Nothing refers to the memory of `lease` any more. On any thread, at any time; takes no lock."""
+        address, size = lease.window.address, _whole_pages(lease.nbytes)
+        try:
+            drop_own_pages(_open_pagemap(), address, size)
+        except OSError:  # no /proc/self/pagemap: slower, but the same
+            drop_all_pages(address, size)
+        # `held` first and `_closed` second, the other way round than `close`: one of the two unmaps.
+        lease.window.held = False
+        if self._closed:
+            self._unmap(lease.key)
+        self._give_back(lease.index)
+
+    def close(self) -> None:
+        """Unmap what nobody holds; what is held is unmapped when it is returned. Idempotent."""
+        self._closed = True
+        for key, window in list(self._windows.items()):
+            if not window.held:
+                self._unmap(key)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _unmap(self, key: tuple[int, int]) -> None:
+        window = self._windows.pop(key, None)
+        if window is not None:
+            window.unmap()
+
+
+def held() -> tuple[int, int]:
+    """(leases, bytes) that this process holds, of all queues."""
+    leases = list(_live.values())
+    return len(leases), sum(lease.nbytes for lease in leases)
+
+
+def _returned(lease: Any) -> None:
+    if sys.is_finalizing():  # the objects may still be looked at, and the writer sees the end of the process
+        return
+    try:
+        lease.owner.returned(lease)
+    finally:
+        _live.pop(id(lease), None)
+
+
+def _open_pagemap() -> int:
+    global _pagemap
+    if _pagemap < 0:
+        _pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    return _pagemap
+
+
+def _whole_pages(size: int) -> int:
+    return -(-size // 4096) * 4096
+
+
+def _make_private() -> None:
+    """A child's copy of what lies in a lease must not change when the parent gives the lease back."""
+    for lease in list(_live.values()):
+        own_pages(lease.window.address, _whole_pages(lease.nbytes))
+
+
+def _forget() -> None:
+    """In the child: the lease words and the pagemap are the parent's."""
+    global _pagemap
+    _live.clear()
+    if _pagemap >= 0:
+        with contextlib.suppress(OSError):
+            os.close(_pagemap)
+        _pagemap = -1
+
+
+os.register_at_fork(before=_make_private, after_in_child=_forget)

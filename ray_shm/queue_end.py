@@ -1,0 +1,113 @@
+"""What both ends of a queue have in common: a lock, being closed once, and being of no use in a forked child.
+
+Runs in every process that sends or receives.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+import weakref
+from dataclasses import dataclass, field
+
+from ray_shm.deadline import Deadline
+from ray_shm.errors import QueueClosedError
+from ray_shm.waiting import Waiter
+
+_ends: weakref.WeakSet[QueueEnd] = weakref.WeakSet()
+_WAKE_AGAIN = 0.005  # seconds between attempts to wake a thread that waits while its end is closed
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStats:
+    """Counters of one end of a queue, as they stood at one moment.
+
+    Attributes:
+        messages, bytes: sent, or received. large: of the messages, those that went through the arena.
+        waits: how often this end had to wait. spins: times it gave up the core for a moment while it waited.
+        parks: times it slept.
+        lag: writer: rank -> bytes sent and not yet consumed. Reader: its own rank -> bytes to read (shared memory).
+        arena_bytes: writer: shared memory taken for large messages. leased_blocks, leased_bytes: reader's process:
+            received memory that is still referred to, of all its queues.
+        refused: writer: strangers turned away from the queue's TCP port.
+    """
+
+    messages: int
+    bytes: int
+    large: int
+    waits: int
+    spins: int
+    parks: int
+    lag: dict[int, int] = field(default_factory=dict)
+    arena_bytes: int = 0
+    leased_blocks: int = 0
+    leased_bytes: int = 0
+    refused: int = 0
+
+
+class QueueEnd:
+    """Base of QueueWriter and QueueReader."""
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+        self._waiter = Waiter()
+        self._closed = False
+        self.messages = self.bytes = self.large = 0
+        _ends.add(self)
+
+    def close(self) -> None:
+        """Leave the queue. Idempotent, from any thread."""
+        if self._closed:
+            return
+        self._closed = True
+        while not self._lock.acquire(timeout=_WAKE_AGAIN):  # another thread waits: wake it, it sees _closed
+            self._wake_waiting()
+        try:
+            self._free()
+        finally:
+            self._lock.release()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True) and self._pid == os.getpid():
+            warnings.warn(
+                f"{type(self).__name__} was dropped without close()", ResourceWarning, stacklevel=2, source=self
+            )
+            self.close()
+
+    def _wake_waiting(self) -> None:
+        raise NotImplementedError
+
+    def _free(self) -> None:
+        """Tell the other ends, and let go of everything. The lock is held."""
+        raise NotImplementedError
+
+    def _abandon(self) -> None:
+        """In a forked child: let go of everything without a word to anybody."""
+        raise NotImplementedError
+
+    def _acquire(self, deadline: Deadline) -> bool:
+        """Take the lock; False when the deadline comes first."""
+        return self._lock.acquire(timeout=-1 if deadline.at is None else deadline.slice(threading.TIMEOUT_MAX))
+
+    def _require_open(self) -> None:
+        if not self._closed:
+            return
+        if self._pid != os.getpid():
+            raise QueueClosedError(
+                f"this end of the queue belongs to process {self._pid}, of which this one (pid {os.getpid()}) was "
+                "forked; attach here with MessageQueue.create_from_handle, or make a new queue"
+            )
+        raise QueueClosedError("this end of the queue was closed in this process; make a new queue")
+
+
+def _abandon_all() -> None:
+    for end in list(_ends):
+        end._lock = threading.RLock()  # another thread of the parent may have held it
+        if not end._closed:
+            end._closed = True
+            end._abandon()
+
+
+os.register_at_fork(after_in_child=_abandon_all)
