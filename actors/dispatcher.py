@@ -310,7 +310,7 @@ class Dispatcher:
                     reader.release()
         if self._remote is not None:
             for rank, frames in self._remote.take():
-                self._accept(rank, frames)
+                self._accept(rank, frames, owned=True)
         if self._failed:
             for call in [c for c in self._failed if c.grace_is_over()]:
                 self._failed.remove(call)

@@ -111,7 +111,7 @@ class QueueReader(QueueEnd):
     @property
     def owned(self) -> bool:
         """Whether the polled frames, but for the first, stay valid for as long as something refers to them."""
-        return self.shm is not None and self.shm.owned
+        return self.shm.owned if self.shm is not None else True  # what came from another node is this process's
 
     def release(self) -> None:
         """Done with the polled message."""
@@ -150,7 +150,7 @@ class QueueReader(QueueEnd):
                 frames = self._await_frames(deadline, cancel)
             try:
                 self.bytes += len(frames[0]) if len(frames) == 1 else sum(map(len, frames))
-                return consume(frames, shm is not None and shm.owned)
+                return consume(frames, shm.owned if shm is not None else True)
             finally:
                 del frames
                 if not self._closed:  # by `consume` itself
