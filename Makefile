@@ -40,7 +40,7 @@ test: lint pytest bench-quick  ## lint, types, tests, and a small run of every b
 
 test-all: lint system-tools  ## the same with the slow tests, model checking and separate hosts among them
 	$(call say,"pytest with the slow tests")
-	@RAY_SHM_REQUIRE_TOOLS=1 $(BIN)/pytest --durations=25
+	@RAY_SHM_REQUIRE_SPIN=1 RAY_SHM_REQUIRE_NETNS=1 $(BIN)/pytest --durations=25
 	@$(MAKE) --no-print-directory bench-quick
 
 lint: $(DEV) typecheck  ## ruff, and mypy --strict on the built wheel

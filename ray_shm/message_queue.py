@@ -38,7 +38,7 @@ class MessageQueue:
             smallest other ranks.
         max_chunk_bytes, max_chunks: their product bounds the unread bytes; one object larger than that still goes
             through, alone. Memory is taken as it is needed.
-        connect_ip: this node's address, to bind the ZeroMQ socket to; default 127.0.0.1.
+        connect_ip: this node's address, or a name of it, to bind the ZeroMQ socket to; default 127.0.0.1.
         max_arena_bytes: most shared memory for large messages, those included that readers still hold; default 1 GiB,
             or twice the bound on unread bytes if that is more. Once readers hold half of it they copy large messages
             out. One message that finds no room beside what they hold goes through alone, beyond it.
@@ -46,7 +46,8 @@ class MessageQueue:
         port_range: (first, last) port to bind instead of any free one.
 
     Raises:
-        ValueError: counts and ranks that do not fit together. StartError: no memory, or the address is not ours.
+        ValueError: counts and ranks that do not fit together, or a wildcard as address. StartError: no memory, or the
+            address is not ours, or its ports are taken.
     """
 
     def __init__(

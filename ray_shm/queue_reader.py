@@ -19,7 +19,7 @@ from ray_shm.shm_channel import ShmReader
 from ray_shm.waiting import CANCEL_PARK, IDLE_PARK
 
 if TYPE_CHECKING:
-    from ray_shm.zmq_channel import ZmqReader
+    from ray_shm.zmq_reader import ZmqReader
 
 Consume = Callable[[list[memoryview], bool], Any]
 
@@ -52,7 +52,7 @@ class QueueReader(QueueEnd):
         if handle.shm is not None and rank in handle.local_reader_ranks:
             self._attach(handle, rank)
         elif handle.zmq is not None and rank in remote:
-            from ray_shm.zmq_channel import ZmqReader
+            from ray_shm.zmq_reader import ZmqReader
 
             self.zmq = ZmqReader(handle.zmq, rank, os.getpid())
         else:
@@ -146,6 +146,9 @@ class QueueReader(QueueEnd):
         try:
             shm = self.shm
             frames = shm.peek() if shm is not None else None
+            if frames is None and shm is not None and cancel is None:  # the hot path of a reader that waits
+                self._waiter.wait(shm.ring.news, shm.ring.event, deadline, IDLE_PARK, self._look_for_writer)
+                frames = shm.peek() if not self._closed else None
             if frames is None or cancel is not None:
                 frames = self._await_frames(deadline, cancel)
             try:

@@ -23,7 +23,7 @@ from ray_shm.shm_channel import RING_BYTES, ShmWriter
 from ray_shm.waiting import IDLE_PARK
 
 if TYPE_CHECKING:
-    from ray_shm.zmq_channel import ZmqWriter
+    from ray_shm.zmq_writer import ZmqWriter
 
 _NEVER = Deadline.after(None)
 _log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class QueueWriter(QueueEnd):
     def _make_zmq(
         self, ranks: Sequence[int], bound: int, ip: str | None, port_range: tuple[int, int] | None
     ) -> ZmqWriter:
-        from ray_shm.zmq_channel import ZmqWriter
+        from ray_shm.zmq_writer import ZmqWriter
 
         try:
             return ZmqWriter(ranks, bound, ip or "127.0.0.1", port_range)
@@ -202,9 +202,8 @@ class QueueWriter(QueueEnd):
         """rank → bytes sent and not yet consumed, of the ranks that are behind."""
         lags: dict[int, int] = {}
         if self._shm is not None:
-            lags = {r: self._shm.ring.lag(i) for i, r in self._live_local()}
-        remote = self._zmq.late() if self._zmq else []
-        return {r: n for r, n in [*lags.items(), *remote] if n}
+            lags = {r: n for i, r in self._live_local() if (n := self._shm.ring.lag(i))}
+        return {**lags, **dict(self._zmq.late() if self._zmq else [])}
 
     def stats(self) -> QueueStats:
         """Counters of this end."""

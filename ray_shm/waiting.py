@@ -1,9 +1,14 @@
 """How to wait for a condition that another process makes true: a few guarded yields, then sleep on a word.
 
-Runs in every process. Measured round trips over 1/2/4/8 readers on two cores, p50 in µs: park only 5/12/16/37,
-20 guarded yields 5/5/12/22, 1,000 loads 2/49/93/183: spinning long loses as soon as processes outnumber cores.
-The guard: a yield that takes over SLOW_YIELD means that others want the core, and bans yields for 20 ms, doubling to 1
-s (unguarded, one busy process per core makes a call cost 4-8 ms).
+Runs in every process. Spinning long loses as soon as processes outnumber cores (measured on two cores, round trips with
+1/2/4/8 readers, µs: 1,000 loads 2/49/93/183, 20 guarded yields 5/5/12/22, sleeping at once 5/12/16/37). Where several
+processes share a core, one yield is mostly enough: it returns when the others have done their part.
+
+The guard: a yield that takes over SLOW_YIELD means that somebody wants the core for himself, and bans yields for 20 ms,
+doubling to 1 s (unguarded, one busy process per core makes a call cost 4-8 ms). The others' parts take longer than one
+might think, so the limit must not be too low. Round trips with 4 / 8 readers on a slower machine with two cores, p50
+µs, and with a busy process on each core: limit 100 µs 116 / 157 and 119 / -; 300 µs 105 / 135 and 76 / 166; 500 µs 70 /
+153 and 84 / 176; 1 ms 71 / 140 and 80 / 266.
 
 To tune: the environment variable RAY_SHM_YIELDS (yields before a sleep; 0: always sleep at once), read on import.
 """
@@ -11,8 +16,9 @@ To tune: the environment variable RAY_SHM_YIELDS (yields before a sleep; 0: alwa
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
+from os import sched_yield as _yield
+from time import perf_counter_ns as _now
 
 from ray_shm.deadline import Deadline
 from ray_shm.futex import Word
@@ -20,7 +26,7 @@ from ray_shm.futex import Word
 YIELDS = int(os.environ.get("RAY_SHM_YIELDS", "20"))
 IDLE_PARK = 0.5  # seconds; how often a sleeper looks up by itself: at most 2 wake-ups a second
 CANCEL_PARK = 0.05  # seconds, while a threading.Event is watched: it cannot wake a futex
-SLOW_YIELD = 100_000  # ns
+SLOW_YIELD = 500_000  # ns
 _FIRST_BAN = 20_000_000  # ns
 _LONGEST_BAN = 1_000_000_000  # ns
 
@@ -55,14 +61,19 @@ class Waiter:
         self.waits += 1
         if self._spin(ready):
             return True
+        at = deadline.at
         while True:
             seen = word.load()  # SYNC POINT: word before state; the other side changes state, then the word
             if ready():
                 return True
-            if deadline.expired():
+            if at is None:
+                seconds = longest_park
+            elif deadline.expired():
                 return False
+            else:
+                seconds = deadline.slice(longest_park)
             self.parks += 1
-            word.wait(seen, deadline.slice(longest_park))
+            word.wait(seen, seconds)
             if ready():
                 return True
             if on_park is not None:
@@ -71,15 +82,15 @@ class Waiter:
                 return True
 
     def _spin(self, ready: Callable[[], bool]) -> bool:
-        before = time.perf_counter_ns()
+        before = _now()
         if before < self._banned_until:
             return False
         for number in range(YIELDS):
             if ready():
                 self.yields += number
                 return True
-            os.sched_yield()
-            now = time.perf_counter_ns()
+            _yield()
+            now = _now()
             if now - before > SLOW_YIELD:
                 self.yields += number
                 self._banned_until = now + self._ban

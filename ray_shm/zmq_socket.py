@@ -10,7 +10,10 @@ that is stopped (SIGSTOP, a debugger) would look dead; the kernel answers keepal
 Keepalive does not run on a connection with bytes on their way, which are retransmitted for a quarter of an hour, or
 have no place at a stopped reader. So each reader holds a second connection, its lifeline, that never carries anything
 after the greeting, and is lost to the writer when either one is. In the direction from reader to writer there are only
-acknowledgements, so a reader needs no more than a limit on retransmission.
+acknowledgements, so a reader needs no more than a limit on retransmission: it notices SILENCE seconds after the last
+answer, or after the last word of its own.
+
+What this does not see: a process that runs, or is stopped, and never reads. It is late, for as long as that lasts.
 """
 
 from __future__ import annotations

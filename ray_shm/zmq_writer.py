@@ -110,7 +110,7 @@ class ZmqWriter:
 
     @property
     def refused(self) -> int:
-        """Connections that said something other than a valid hello, or ended without one."""
+        """Connections that said something other than a valid hello, or ended before one was heard."""
         self._glance()
         return self._refused
 
@@ -314,6 +314,9 @@ class ZmqWriter:
     def _welcome(self, identity: bytes, word: zmq.Frame) -> None:
         """Hear the first word of a connection; or another one of a lifeline or a stranger."""
         descriptor = int(word.get(zmq.SRCFD))
+        self._watch()  # its start was announced before its first word came
+        if descriptor not in self._connections:
+            return  # it is over, and was counted then
         try:
             hello = Hello.unpack(word.bytes)
         except zmq_wire.WireError:
@@ -335,7 +338,9 @@ class ZmqWriter:
         else:
             peer.identity, peer.has_hello = identity, True
             self._peers[identity] = peer
-        self._tie(peer, descriptor)
+        self._connections[descriptor] = peer  # which shares its fate
+        if peer.complete:
+            self._absent.discard(peer.rank)
 
     def _reason_to_refuse(self, hello: Hello, holder: _Peer | None) -> str:
         if hello.rank not in self._ranks:
@@ -355,13 +360,3 @@ class ZmqWriter:
         if descriptor not in self._strangers:
             self._strangers.add(descriptor)
             self._refused += 1
-
-    def _tie(self, peer: _Peer, descriptor: int) -> None:
-        """Have `peer` share the fate of this connection."""
-        self._watch()  # its start was announced before its hello came; if it is not in the table, it is over
-        if descriptor not in self._connections:
-            self._lose(peer)
-            return
-        self._connections[descriptor] = peer
-        if peer.complete:
-            self._absent.discard(peer.rank)

@@ -18,10 +18,10 @@ import pytest
 import zmq
 from reader_pool import WATCHDOG, Me, Peer, Wire, attach_only
 
-from ray_shm import zmq_channel
 from ray_shm.errors import PeerLostError, QueueClosedError
 from ray_shm.handle import Handle
 from ray_shm.message_queue import MessageQueue
+from ray_shm.zmq_wire import HELLO, MESSAGE, Hello
 
 SOON = 0.15  # seconds: a timeout that is meant to run out
 
@@ -214,8 +214,8 @@ def speak_zmq(handle: Handle, bomb: bytes, **curve: bytes) -> Callable[[], None]
     for option, value in curve.items():
         setattr(dealer, option, value)
     dealer.connect(handle.zmq.endpoint)
-    dealer.send_multipart([zmq_channel.HELLO, zmq_channel._HELLO.pack(handle.zmq.token, 0, 1)])
-    dealer.send_multipart([zmq_channel.MESSAGE, bomb])
+    dealer.send(Hello(HELLO, handle.zmq.token, 0, 1, bytes(16)).pack())
+    dealer.send_multipart([MESSAGE, bomb])
 
     def close() -> None:
         dealer.close()
