@@ -19,10 +19,12 @@ first, then (after a fence) at lease words. What this file does not do: leases t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -99,7 +101,14 @@ class Arena:
         beyond = self.reserved + size > self.cap
         if beyond and not passing:
             return None
-        block = self._reserve(size)
+        try:
+            block = self._reserve(size)
+        except StartError:
+            if not self._free:
+                raise
+            for idle in list(self._free):
+                self._give_back(idle)
+            block = self._reserve(size)
         block.passing = beyond
         return block
 
@@ -117,11 +126,11 @@ class Arena:
             self._give_back(block)
 
     def _reserve(self, size: int) -> Block:
-        require_memory(size, "a large message")
-        block = _best(self._hollow, size)
+        block = _best([b for b in self._hollow if self.reserved + b.size <= self.cap], size)
         fresh = block is None
         if block is None:
             block = Block(self._end, size)
+        require_memory(block.size, "a large message")
         try:
             os.posix_fallocate(self._fd, block.offset, block.size)
             block.window = Window(self._fd, block.offset, block.size, private=False)
@@ -155,8 +164,8 @@ class Arena:
 
 
 def _best(blocks: Sequence[Block], size: int) -> Block | None:
-    """The smallest of at least `size`, and not over twice that."""
-    return min((b for b in blocks if size <= b.size <= 2 * size), key=lambda b: b.size, default=None)
+    """The smallest of at least `size`, and not over twice that; of those the one used last, which caches still hold."""
+    return min((b for b in blocks if size <= b.size <= 2 * size), key=lambda b: (b.size, -b.free_since), default=None)
 
 
 def fill(block: Block, frames: Sequence[Buffer], lengths: Sequence[int]) -> None:
@@ -181,6 +190,52 @@ def contents(view: memoryview) -> list[memoryview]:
     return [view[start : start + n] for start, n in zip(layout(lengths)[0], lengths, strict=True)]
 
 
+class _Copy:
+    """One copy in parts by several threads. None of them reaches into the target once `run` has ended, however."""
+
+    def __init__(self, target: memoryview, source: Buffer, n_parts: int) -> None:
+        self._to, self._of = np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8)
+        self._part = -(-len(self._to) // n_parts // _ALIGN) * _ALIGN
+        self._starts = deque(range(0, len(self._to), self._part))
+        self._running = 0
+        self._changed = threading.Condition()
+
+    def run(self, pool: ThreadPoolExecutor) -> None:
+        try:
+            for _ in range(len(self._starts) - 1):
+                pool.submit(self._work)
+        except RuntimeError:  # the interpreter is on its way out
+            pass
+        try:
+            self._work()
+            self._await()
+        except BaseException:  # Ctrl-C: the memory will be used again
+            self._starts.clear()
+            while self._running:
+                with contextlib.suppress(BaseException):  # another Ctrl-C
+                    self._await()
+            raise
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                if not self._starts:
+                    return
+                at = self._starts.popleft()
+                self._running += 1
+            try:
+                np.copyto(self._to[at : at + self._part], self._of[at : at + self._part])
+            finally:
+                with self._changed:
+                    self._running -= 1
+                    self._changed.notify_all()
+
+    def _await(self) -> None:
+        with self._changed:
+            while self._running:
+                self._changed.wait()
+
+
 _pool: ThreadPoolExecutor | None = None
 _pool_lock = threading.Lock()
 
@@ -191,12 +246,7 @@ def _copy_with_threads(target: memoryview, source: Buffer) -> None:
     with _pool_lock:
         if _pool is None:
             _pool = ThreadPoolExecutor(_COPY_THREADS - 1, "ray_shm-copy")
-    to, of = np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8)
-    part = -(-len(to) // _COPY_THREADS // _ALIGN) * _ALIGN
-    copies = [_pool.submit(np.copyto, to[at : at + part], of[at : at + part]) for at in range(part, len(to), part)]
-    np.copyto(to[:part], of[:part])
-    for copy in copies:
-        copy.result()
+    _Copy(target, source, _COPY_THREADS).run(_pool)
 
 
 def _forget_pool() -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from ray_shm.segment import start_time
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a collection amid a change of the watches may end one of them
 _watches: dict[int, _Watch] = {}  # pidfd -> watch
 _changed = -1  # eventfd that wakes the thread
 _thread: threading.Thread | None = None
@@ -34,7 +34,8 @@ def watch(pid: int, started: int, on_death: Callable[[], object]) -> Callable[[]
 
     Args:
         started: as `segment.start_time` gives it, to tell it from another with the same pid; 0: whoever has it now.
-        on_death: short, and without locks that somebody may hold while they start or end a watch.
+        on_death: short, and without locks that somebody may hold while they start or end a watch. It is kept until the
+            watch ends, and with it what it refers to.
 
     Returns:
         a function that ends the watch; idempotent.
@@ -92,7 +93,7 @@ def _run() -> None:
                 _thread, _changed = None, -1
                 return
             poll.register(_changed, select.POLLIN)
-            for pidfd in _watches:
+            for pidfd in list(_watches):
                 poll.register(pidfd, select.POLLIN)
         ready = [fd for fd, _ in poll.poll()]
         ended = []
@@ -118,7 +119,7 @@ def _has_ended(pidfd: int) -> bool:
 def _forget() -> None:
     """In a forked child: the thread is the parent's, and so are the ends that asked."""
     global _lock, _thread, _changed
-    _lock = threading.Lock()
+    _lock = threading.RLock()  # a collection amid a change of the watches may end one of them
     for pidfd in _watches:
         with contextlib.suppress(OSError):
             os.close(pidfd)

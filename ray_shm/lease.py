@@ -111,10 +111,14 @@ def held() -> tuple[int, int]:
 def _returned(lease: Any) -> None:
     if sys.is_finalizing():  # the objects may still be looked at, and the writer sees the end of the process
         return
-    try:
-        lease.owner.returned(lease)
-    finally:
-        _live.pop(id(lease), None)
+    for last in (False, False, True):
+        try:
+            lease.owner.returned(lease)
+            break
+        except BaseException:  # a signal's, which is lost in here anyway: the lease must not be
+            if last:
+                raise
+    _live.pop(id(lease), None)
 
 
 def _open_pagemap() -> int:

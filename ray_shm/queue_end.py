@@ -71,9 +71,7 @@ class QueueEnd:
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True) and self._pid == os.getpid():
-            warnings.warn(
-                f"{type(self).__name__} was dropped without close()", ResourceWarning, stacklevel=2, source=self
-            )
+            warnings.warn(f"{type(self).__name__} was dropped without close()", ResourceWarning, stacklevel=2)
             self.close()
 
     def _wake_waiting(self) -> None:

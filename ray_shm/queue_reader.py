@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,10 @@ class QueueReader(QueueEnd):
         except StartError as exc:
             exc.args = (f"cannot attach to the queue of {self._from} as rank {rank}: {exc}",)
             raise
-        self._end_watch = death_watch.watch(self._writer_pid, self._writer_started, self._on_writer_death)
+        on_death = weakref.WeakMethod(self._on_writer_death)  # a dropped end is to be collected
+        self._end_watch = death_watch.watch(
+            self._writer_pid, self._writer_started, lambda: (tell := on_death()) and tell()
+        )
 
     def _on_writer_death(self) -> None:
         self._writer_dead = True
@@ -140,7 +144,8 @@ class QueueReader(QueueEnd):
         Raises:
             TimeoutError: nothing came; the queue stays usable. Others as `await_message`, and what `consume` raises.
         """
-        if not self._lock.acquire(False) and not self._acquire(deadline):
+        lock = self._lock  # a forked child gets another one
+        if not lock.acquire(False) and not self._acquire(deadline):
             self._require_open()
             raise TimeoutError(self._nothing_text(deadline))  # another thread waits for a message
         try:
@@ -159,11 +164,12 @@ class QueueReader(QueueEnd):
                 if not self._closed:  # by `consume` itself
                     self.release()
         finally:
-            self._lock.release()
+            lock.release()
 
     @contextlib.contextmanager
     def message(self, deadline: Deadline, cancel: threading.Event | None = None) -> Iterator[list[memoryview]]:
         """The next message's frames, valid inside the `with`; consumed when it ends. Raises as `receive`."""
+        lock = self._lock
         if not self._acquire(deadline):
             self._require_open()
             raise TimeoutError(self._nothing_text(deadline))
@@ -175,7 +181,7 @@ class QueueReader(QueueEnd):
                 if not self._closed:  # by the block itself
                     self.release()
         finally:
-            self._lock.release()
+            lock.release()
 
     def stats(self) -> QueueStats:
         """Counters of this end; the leases are those of this process."""
@@ -221,6 +227,7 @@ class QueueReader(QueueEnd):
     def _free(self) -> None:
         self._end_watch()
         if self.shm is not None:
+            self.shm.ring.stopped = True  # this may be a signal handler inside of a wait
             self.shm.close()
             self.shm = None  # unmapped now, however long this object is kept
         if self.zmq is not None:

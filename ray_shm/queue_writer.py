@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from ray_shm.zmq_writer import ZmqWriter
 
 _NEVER = Deadline.after(None)
+_TRIM_EVERY = 64  # small messages between looks for memory that large ones have left behind
 _log = logging.getLogger(__name__)
 
 
@@ -150,11 +152,13 @@ class QueueWriter(QueueEnd):
             QueueClosedError: this end was closed.
             StartError: no memory for a large message; nothing was sent.
         """
-        if not self._lock.acquire(False) and not self._acquire(deadline):
+        lock = self._lock  # a forked child gets another one
+        if not lock.acquire(False) and not self._acquire(deadline):
             self._require_open()
             raise TimeoutError(self._late_text(deadline))  # another thread waits for room
         if self._sending:  # the same thread: a signal handler, or a __del__
-            self._lock.release()
+            lock.release()
+            self._require_open()
             raise RuntimeError("enqueue was called inside of enqueue of the same queue; nothing was sent")
         self._sending = True
         try:
@@ -163,6 +167,8 @@ class QueueWriter(QueueEnd):
             if simple and len(frames) == 1 and shm.put(frames[0]):  # type: ignore[union-attr]
                 self.messages += 1
                 self.bytes += len(frames[0])
+                if not self.messages % _TRIM_EVERY:
+                    shm.trim()  # type: ignore[union-attr]
                 return
             self._require_open()
             lengths = [len(frame) for frame in frames]
@@ -170,9 +176,13 @@ class QueueWriter(QueueEnd):
                 self._send_slowly(frames, lengths, deadline, on_wait)
             self.messages += 1
             self.bytes += sum(lengths)
+        except BaseException:
+            if self._shm is not None:
+                self._shm.ring.republish()
+            raise
         finally:
             self._sending = False
-            self._lock.release()
+            lock.release()
 
     def _send_slowly(
         self, frames: Sequence[Buffer], lengths: list[int], deadline: Deadline, on_wait: Callable[[], object] | None
@@ -201,25 +211,25 @@ class QueueWriter(QueueEnd):
     def behind(self) -> dict[int, int]:
         """rank → bytes sent and not yet consumed, of the ranks that are behind."""
         lags: dict[int, int] = {}
-        if self._shm is not None:
-            lags = {r: n for i, r in self._live_local() if (n := self._shm.ring.lag(i))}
+        shm = self._shm
+        if shm is not None:
+            lags = {r: n for i, r in self._live_local() if (n := shm.ring.lag(i))}
         return {**lags, **dict(self._zmq.late() if self._zmq else [])}
 
     def stats(self) -> QueueStats:
-        """Counters of this end."""
-        with self._lock:
-            waiter, shm = self._waiter, self._shm
-            return QueueStats(
-                self.messages,
-                self.bytes,
-                shm.large if shm is not None else 0,
-                waiter.waits,
-                waiter.yields,
-                waiter.parks,
-                self.behind(),
-                shm.arena_bytes if shm is not None else 0,
-                refused=self.refused,
-            )
+        """Counters of this end. Takes no lock: a sender may hold it, waiting for room."""
+        waiter, shm = self._waiter, self._shm
+        return QueueStats(
+            self.messages,
+            self.bytes,
+            shm.large if shm is not None else 0,
+            waiter.waits,
+            waiter.yields,
+            waiter.parks,
+            self.behind(),
+            shm.arena_bytes if shm is not None else 0,
+            refused=self.refused,
+        )
 
     def _wake_waiting(self) -> None:
         if self._shm is not None:
@@ -230,6 +240,7 @@ class QueueWriter(QueueEnd):
     def _free(self) -> None:
         for end_watch in self._watched.values():
             end_watch()
+        self._watched.clear()
         if self._shm is not None:
             self._shm.announce_close()
             self._shm.close()
@@ -247,9 +258,8 @@ class QueueWriter(QueueEnd):
 
     def _live_local(self) -> list[tuple[int, int]]:
         """(position, rank) of the local readers that count."""
-        if self._shm is None:
-            return []
-        return [(i, r) for i, r in enumerate(self._local_ranks) if i not in self._shm.ring.dropped]
+        shm = self._shm
+        return [] if shm is None else [(i, r) for i, r in enumerate(self._local_ranks) if i not in shm.ring.dropped]
 
     def _absent(self) -> list[int]:
         if self._shm is None:
@@ -338,12 +348,18 @@ class QueueWriter(QueueEnd):
                 self._watched[i] = death_watch.watch(self._shm.ring.pid(i), 0, self._on_death(i))
 
     def _on_death(self, index: int) -> Callable[[], None]:
-        bell = self._shm.ring.bell if self._shm is not None else None
+        me = weakref.ref(self)  # a dropped end is to be collected
 
         def on_death() -> None:
-            self._dead.add(index)
-            if bell is not None:
-                bell.ring()
+            writer = me()
+            shm = writer._shm if writer is not None else None
+            if writer is None or shm is None:
+                return
+            if index in shm.ring.dropped:  # it had closed its end; what it still held is free now
+                shm.drop(index, gone=True)
+            else:
+                writer._dead.add(index)
+            shm.ring.bell.ring()
 
         return on_death
 
@@ -368,7 +384,7 @@ class QueueWriter(QueueEnd):
                     self._zmq.drop(rank)
             elif self._shm is not None:
                 index = self._local_ranks.index(rank)
-                self._shm.drop(index, gone=self._shm.ring.state(index) != ring.LEFT)
+                self._shm.drop(index, gone=index in self._dead or self._shm.ring.state(index) != ring.LEFT)
                 self._dead.discard(index)
 
     def _fate(self, index: int, rank: int) -> str:

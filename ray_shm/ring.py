@@ -226,6 +226,10 @@ class RingWriter:
         ints[_EVENT_I] = (ints[_EVENT_I] + 1) & 0xFFFFFFFF
         self._wake()
 
+    def republish(self) -> None:
+        """Make sure that all was announced, after an exception (Ctrl-C) that may have come in between."""
+        self._publish(self.published)
+
     def set_phase(self, phase: int) -> None:
         self._ints[_PHASE_I] = phase
         self.announce()

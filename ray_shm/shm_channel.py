@@ -99,8 +99,6 @@ class ShmWriter:
                 return False
             self.send(frames, lengths)
             return True
-        if self._arena.reserved:  # once a lap
-            self._reclaim()
         at = self.ring.reserve(total)
         if at is None:
             return False
@@ -167,9 +165,13 @@ class ShmWriter:
             self._free_block(block)
             raise
         where = _WHERE.pack(block.offset, block.size, used, block.lease, block.generation)
-        self._put(ring.LARGE, [where], _WHERE_RECORD)
-        self.large += 1
-        self._count(block, sum(lengths))
+        published = self.ring.published
+        try:
+            self._put(ring.LARGE, [where], _WHERE_RECORD)
+        finally:
+            if self.ring.published != published:  # an exception may have come after that
+                self.large += 1
+                self._count(block, sum(lengths))
 
     def _lease(self, block: Block, used: int) -> None:
         """Decide whether readers may keep a message's memory."""
@@ -219,6 +221,12 @@ class ShmWriter:
                 self._free_block(block)
         self._leased = held
         self._arena.trim()
+
+    def trim(self) -> None:
+        """Give back the memory of large messages that is long free; for when only small ones come."""
+        if self._arena.reserved:
+            self._note_read()
+            self._reclaim()
 
     def _holders(self, block: Block) -> Sequence[int]:
         """Readers (by position) that hold objects in `block`."""
