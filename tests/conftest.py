@@ -8,9 +8,15 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import leaks
 import pytest
+
+if TYPE_CHECKING:
+    from reader_pool import Peer
+
+    from ray_shm.message_queue import MessageQueue
 
 # Before anything imports ray: a hang shows its stacks, and nothing is sent or fetched.
 faulthandler.enable()
@@ -70,3 +76,51 @@ def ray_local() -> Iterator[None]:
     left = _wait_for_no_leak(before)
     if left:
         pytest.fail("after ray.shutdown() there remained:\n  " + "\n  ".join(left), pytrace=False)
+
+
+@pytest.fixture(scope="module")
+def what_stays() -> None:
+    """What a process starts once and keeps (see injection.py) is no leak of the first test that needs it."""
+    from injection import start_what_stays
+
+    start_what_stays()
+
+
+@pytest.fixture
+def peer() -> Iterator[Peer]:
+    """Another process, for a test that may kill it or leave it hanging."""
+    from reader_pool import Peer
+
+    made = Peer()
+    yield made
+    made.kill()
+    made.close()
+
+
+@pytest.fixture
+def peers() -> Iterator[list[Peer]]:
+    """Two of them."""
+    from reader_pool import Peer
+
+    made = [Peer(), Peer()]
+    yield made
+    for one in made:
+        one.kill()
+        one.close()
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[MessageQueue, MessageQueue]]:
+    """Writer and reader of a queue, both in this process, whose memory nobody holds before and after."""
+    from injection import HANG
+
+    from ray_shm import lease
+    from ray_shm.message_queue import MessageQueue
+
+    gc.collect()
+    assert lease.held() == (0, 0)
+    with MessageQueue(1, 1) as writer, MessageQueue.create_from_handle(writer.export_handle(), 0) as reader:
+        writer.wait_until_ready(HANG)
+        yield writer, reader
+    gc.collect()
+    assert lease.held() == (0, 0)

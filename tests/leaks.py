@@ -19,6 +19,7 @@ MARK = f"RAY_SHM_TEST_RUN={os.getpid()}-{int(psutil.Process().create_time())}"
 
 # Titles of the processes that run our actors; Ray's own (ray::IDLE, ray::DashboardAgent) come and go.
 _ACTOR_TITLES = ("WorkerActor", "DriverActor")
+_STAYS = "ray_shm-copy"  # a process keeps the threads that share its large copies
 _RAYS_FILES = ("plasma", "sem.obj", "sem.hdr")  # in /dev/shm: its object store and its compiled graphs
 
 
@@ -55,7 +56,7 @@ def _threads() -> list[str]:
     return [
         f"thread {t.name} (id {t.native_id})"
         for t in threading.enumerate()
-        if t.name.startswith(("ray_shm", "ray-shm"))
+        if t.name.startswith(("ray_shm", "ray-shm")) and not t.name.startswith(_STAYS)
     ]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from holders import write_all
-from injection import HANG, Forked, start_what_stays
+from injection import HANG, Forked
 from queue_ends import holders
 from reader_pool import Peer, Wire
 
@@ -23,21 +23,7 @@ KINDS = ("bytes", "bytearray", "memoryview", "array")
 MIB = 1 << 20
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _of_the_process() -> None:
-    start_what_stays()
-
-
-@pytest.fixture
-def ends() -> Iterator[tuple[MessageQueue, MessageQueue]]:
-    """Both in this process."""
-    gc.collect()
-    assert lease.held() == (0, 0)
-    with MessageQueue(1, 1) as writer, MessageQueue.create_from_handle(writer.export_handle(), 0) as reader:
-        writer.wait_until_ready(HANG)
-        yield writer, reader
-    gc.collect()
-    assert lease.held() == (0, 0)
+pytestmark = pytest.mark.usefixtures("what_stays")
 
 
 def pass_by(ends: tuple[MessageQueue, MessageQueue], count: int) -> None:

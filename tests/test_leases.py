@@ -6,7 +6,7 @@ import gc
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from holders import hold, hold_and_leave, keep_and_go_on, keep_uncopied, kept_values, make, return_at_once
-from injection import HANG, result_within, start_what_stays, wait_for
+from injection import HANG, result_within, wait_for
 from queue_ends import holders
 from reader_pool import Me, Peer, Wire
 
@@ -26,29 +26,7 @@ SIZES = (50, 3000, 100 << 10, MIB)  # in the pickle, in the ring, in a block and
 KINDS = ("bytes", "bytearray", "memoryview", "array")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _of_the_process() -> None:
-    start_what_stays()
-
-
-@pytest.fixture
-def ends() -> Iterator[tuple[MessageQueue, MessageQueue]]:
-    """Both in this process."""
-    gc.collect()
-    assert lease.held() == (0, 0)
-    with MessageQueue(1, 1) as writer, MessageQueue.create_from_handle(writer.export_handle(), 0) as reader:
-        writer.wait_until_ready(HANG)
-        yield writer, reader
-    gc.collect()
-    assert lease.held() == (0, 0)
-
-
-@pytest.fixture
-def peer() -> Iterator[Peer]:
-    made = Peer()
-    yield made
-    made.kill()
-    made.close()
+pytestmark = pytest.mark.usefixtures("what_stays")
 
 
 # Aliasing after reuse

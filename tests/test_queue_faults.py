@@ -8,9 +8,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +25,7 @@ from ray_shm.zmq_wire import HELLO, MESSAGE, Hello
 SOON = 0.15  # seconds: a timeout that is meant to run out
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _resource_tracker() -> None:
-    """Python's own helper process, which the first spawn starts and the interpreter's exit ends."""
-    resource_tracker.ensure_running()
-
-
-@pytest.fixture
-def peer() -> Iterator[Peer]:
-    """One for a test that kills or stops it."""
-    made = Peer()
-    yield made
-    made.close()
+pytestmark = pytest.mark.usefixtures("what_stays")
 
 
 # Checks: these run in the other process

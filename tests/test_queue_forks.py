@@ -14,7 +14,6 @@ from hazard_checks import content, is_content, outcome
 from injection import (
     HANG,
     Forked,
-    start_what_stays,
     wait_for,
 )
 from queue_ends import Ends, blocked
@@ -30,9 +29,7 @@ SOON = 0.1  # seconds: a timeout that is meant to run out
 SOON = 0.1  # seconds: a timeout that is meant to run out
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _of_the_process() -> None:
-    start_what_stays()
+pytestmark = pytest.mark.usefixtures("what_stays")
 
 
 def forked_use(ends: Ends) -> dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import hazard_checks as checks
@@ -21,7 +21,6 @@ from injection import (
     is_hung,
     patient,
     result_within,
-    start_what_stays,
     wait_until_asleep,
 )
 from queue_ends import Ends, blocked, close_only, make_bounded, patient_wire, pid_of
@@ -31,27 +30,7 @@ FAILED = (AssertionError, pytest.fail.Exception)
 SOON = 0.1  # seconds: a timeout that is meant to run out
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _of_the_process() -> None:
-    start_what_stays()
-
-
-@pytest.fixture
-def peers() -> Iterator[list[Peer]]:
-    """Two, for a test that may leave them hanging."""
-    made = [Peer(), Peer()]
-    yield made
-    for peer in made:
-        peer.kill()
-        peer.close()
-
-
-@pytest.fixture
-def peer() -> Iterator[Peer]:
-    made = Peer()
-    yield made
-    made.kill()
-    made.close()
+pytestmark = pytest.mark.usefixtures("what_stays")
 
 
 # Mutation after enqueue

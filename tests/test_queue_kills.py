@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from injection import (
     is_alive,
     patient,
     result_within,
-    start_what_stays,
     sync_points,
     wait_for,
     wait_until_asleep,
@@ -36,27 +34,7 @@ from ray_shm import lease, ring, shm_channel
 from ray_shm.errors import PeerLostError, QueueClosedError
 from ray_shm.message_queue import MessageQueue
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _of_the_process() -> None:
-    start_what_stays()
-
-
-@pytest.fixture
-def peer() -> Iterator[Peer]:
-    made = Peer()
-    yield made
-    made.kill()
-    made.close()
-
-
-@pytest.fixture
-def peers() -> Iterator[list[Peer]]:
-    made = [Peer(), Peer()]
-    yield made
-    for peer in made:
-        peer.kill()
-        peer.close()
+pytestmark = pytest.mark.usefixtures("what_stays")
 
 
 # Writers that are killed at every line

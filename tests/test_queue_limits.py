@@ -12,7 +12,7 @@ import hazard_checks as checks
 import numpy as np
 import pytest
 from hazard_checks import content, is_content
-from injection import HANG, start_what_stays
+from injection import HANG
 from reader_pool import Me, Peer
 
 from ray_shm import arena, segment
@@ -24,17 +24,7 @@ MIB = 1 << 20
 MIB = 1 << 20
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _of_the_process() -> None:
-    start_what_stays()
-
-
-@pytest.fixture
-def peer() -> Iterator[Peer]:
-    made = Peer()
-    yield made
-    made.kill()
-    made.close()
+pytestmark = pytest.mark.usefixtures("what_stays")
 
 
 class MemoryCgroup:

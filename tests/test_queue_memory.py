@@ -21,7 +21,7 @@ import kill_checks
 import numpy as np
 import pytest
 from hazard_checks import content, is_content
-from injection import HANG, fork_child, sleeps, start_what_stays, wait_until_asleep
+from injection import HANG, fork_child, sleeps, wait_until_asleep
 from queue_ends import holders
 from reader_pool import Me, Peer, Wire
 
@@ -31,17 +31,7 @@ from ray_shm.message_queue import MessageQueue
 MIB = 1 << 20
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _of_the_process() -> None:
-    start_what_stays()
-
-
-@pytest.fixture
-def peer() -> Iterator[Peer]:
-    made = Peer()
-    yield made
-    made.kill()
-    made.close()
+pytestmark = pytest.mark.usefixtures("what_stays")
 
 
 def shared_bytes(queue: MessageQueue) -> int:

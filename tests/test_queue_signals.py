@@ -19,7 +19,6 @@ from injection import (
     be_patient,
     patient,
     result_within,
-    start_what_stays,
     wait_for,
     wait_until_asleep,
 )
@@ -34,17 +33,7 @@ FAILED = (AssertionError, pytest.fail.Exception)
 SOON = 0.1  # seconds: a timeout that is meant to run out
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _of_the_process() -> None:
-    start_what_stays()
-
-
-@pytest.fixture
-def peer() -> Iterator[Peer]:
-    made = Peer()
-    yield made
-    made.kill()
-    made.close()
+pytestmark = pytest.mark.usefixtures("what_stays")
 
 
 def close_from_a_handler(me: Me, call: Callable[..., str], *args: Any) -> str:
