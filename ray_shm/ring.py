@@ -190,11 +190,13 @@ class RingWriter:
         rest = self._capacity - position
         need = total if total <= rest else rest + total
         if self.tail + need > self._limit:
-            self._limit = self.slowest() + self._capacity
-            if self.tail + need > self._limit:
-                return None
+            limit = self.slowest() + self._capacity
+            # SYNC POINT: cursors before reuse. Also where there is no room for this record: a smaller one may use it.
             if futex.fence is not None:
-                futex.fence()  # SYNC POINT: cursors before reuse
+                futex.fence()
+            self._limit = limit
+            if self.tail + need > limit:
+                return None
         if need != total:
             self._view[self._data + position : self._data + position + 16] = _HEAD.pack(rest, SKIP, 0)
             self.tail += rest
@@ -281,6 +283,7 @@ class RingReader:
         self._cursor_q = self._line // 8
         self.event = Word(segment.mapping, ints, _EVENT)
         self.bell = Bell(Word(segment.mapping, ints, _BELL), index + 1)
+        self._always_rings = not futex.has_membarrier()  # then the writer's barrier does not reach this process
         self.stopped = False  # nobody waits for this end any more: it is closed, or its writer is gone
         self._cursor: int = self._longs[self._cursor_q]
         self._pending = 0  # bytes of the record that was peeked and not released
@@ -338,16 +341,16 @@ class RingReader:
         self._pending = 0
         # SYNC POINT: reads before cursor. Our loads of the payload precede this store.
         self._longs[self._cursor_q] = cursor
-        if self._ints[_WANTED_I]:  # SYNC POINT: wanted before cursors
+        if self._ints[_WANTED_I] or self._always_rings:  # SYNC POINT: wanted before cursors
             self.bell.ring()
 
     def lease_release(self) -> Callable[[int], None]:
         """A function that gives the lease of word `index` back. It outlives this object, and needs no lock."""
-        leases, ints, bell = self.leases, self._ints, self.bell
+        leases, ints, bell, always = self.leases, self._ints, self.bell, self._always_rings
 
         def release(index: int) -> None:
             leases[index] = 0  # SYNC POINT: reads before cursor; a lease word is one, too
-            if ints[_WANTED_I]:
+            if ints[_WANTED_I] or always:
                 bell.ring()
 
         return release
