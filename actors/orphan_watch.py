@@ -20,7 +20,8 @@ class OrphanWatch:
 
     def close(self) -> None:
         for end in self._ends:
-            end()
+            if end is not None:
+                end()
 
 
 def _leave() -> None:

@@ -29,7 +29,7 @@ class _Watch:
         self.on_death = on_death
 
 
-def watch(pid: int, started: int, on_death: Callable[[], object]) -> Callable[[], None]:
+def watch(pid: int, started: int, on_death: Callable[[], object]) -> Callable[[], None] | None:
     """Call `on_death` once, on the watching thread, when process `pid` that started at `started` has ended.
 
     Args:
@@ -38,7 +38,7 @@ def watch(pid: int, started: int, on_death: Callable[[], object]) -> Callable[[]
             watch ends, and with it what it refers to.
 
     Returns:
-        a function that ends the watch; idempotent.
+        a function that ends the watch, idempotent; None where nothing will be told.
     """
     try:
         pidfd = os.pidfd_open(pid)
@@ -46,7 +46,7 @@ def watch(pid: int, started: int, on_death: Callable[[], object]) -> Callable[[]
         on_death()
         return _nothing
     except OSError:  # an old kernel, or a seccomp filter
-        return _nothing
+        return None
     if started and start_time(pid) != started:
         os.close(pidfd)
         on_death()

@@ -43,7 +43,8 @@ class QueueReader(QueueEnd):
         self._writer_pid = handle.pid
         self._writer_started = handle.shm.ref.start_time if handle.shm else 0
         self._writer_dead = False
-        self._end_watch: Callable[[], None] = _nothing
+        self._end_watch: Callable[[], None] | None = None
+        self._on_park: Callable[[], None] | None = self._look_for_writer  # where no pidfd tells of its death
         self.shm: ShmReader | None = None
         self.zmq: ZmqReader | None = None
         remote = handle.remote_reader_ranks
@@ -75,6 +76,8 @@ class QueueReader(QueueEnd):
         self._end_watch = death_watch.watch(
             self._writer_pid, self._writer_started, lambda: (tell := on_death()) and tell()
         )
+        if self._end_watch is not None:
+            self._on_park = None
 
     def _on_writer_death(self) -> None:
         self._writer_dead = True
@@ -152,7 +155,7 @@ class QueueReader(QueueEnd):
             shm = self.shm
             frames = shm.peek() if shm is not None else None
             if frames is None and shm is not None and cancel is None:  # the hot path of a reader that waits
-                self._waiter.wait(shm.ring.news, shm.ring.event, deadline, IDLE_PARK, self._look_for_writer)
+                self._waiter.wait(shm.ring.news, shm.ring.event, deadline, IDLE_PARK, self._on_park)
                 frames = shm.peek() if not self._closed else None
             if frames is None or cancel is not None:
                 frames = self._await_frames(deadline, cancel)
@@ -225,7 +228,8 @@ class QueueReader(QueueEnd):
             self.zmq.wake()
 
     def _free(self) -> None:
-        self._end_watch()
+        if self._end_watch is not None:
+            self._end_watch()
         if self.shm is not None:
             self.shm.ring.stopped = True  # this may be a signal handler inside of a wait
             self.shm.close()
@@ -247,10 +251,10 @@ class QueueReader(QueueEnd):
         if shm is None:
             done = self._await_zmq(ready, deadline, cancel)
         elif cancel is None:
-            done = self._waiter.wait(ready, shm.ring.event, deadline, IDLE_PARK, self._look_for_writer)
+            done = self._waiter.wait(ready, shm.ring.event, deadline, IDLE_PARK, self._on_park)
         else:
             done = self._waiter.wait(
-                lambda: ready() or cancel.is_set(), shm.ring.event, deadline, CANCEL_PARK, self._look_for_writer
+                lambda: ready() or cancel.is_set(), shm.ring.event, deadline, CANCEL_PARK, self._on_park
             )
         if self._closed:
             self._require_open()
@@ -301,7 +305,3 @@ class QueueReader(QueueEnd):
         """Find out that the writer's process is gone where no pidfd tells."""
         if not self._writer_dead and self.shm is not None and start_time(self._writer_pid) != self._writer_started:
             self._on_writer_death()
-
-
-def _nothing() -> None:
-    return None

@@ -66,7 +66,7 @@ class QueueWriter(QueueEnd):
         self._drop_dead = drop_dead_readers
         self._local_ranks = tuple(local_ranks)
         self._started: dict[int, int] = {}  # local rank -> start time of its process, to tell it from a reused pid
-        self._watched: dict[int, Callable[[], None]] = {}  # local reader's position -> what ends its watch
+        self._watched: dict[int, Callable[[], None] | None] = {}  # local reader's position -> what ends its watch
         self._dead: set[int] = set()  # positions of local readers whose process has ended, told by the watch
         self._shm = (
             ShmWriter(len(self._local_ranks), max_chunk_bytes, max_chunks, ring_bytes, max_arena_bytes, wakes)
@@ -239,7 +239,8 @@ class QueueWriter(QueueEnd):
 
     def _free(self) -> None:
         for end_watch in self._watched.values():
-            end_watch()
+            if end_watch is not None:
+                end_watch()
         self._watched.clear()
         if self._shm is not None:
             self._shm.announce_close()
@@ -395,6 +396,8 @@ class QueueWriter(QueueEnd):
             return "closed its end of the queue"
         if index in self._dead:
             return "is gone"
+        if self._watched.get(index) is not None:
+            return ""
         started = start_time(self._shm.ring.pid(index))
         return "" if started and self._started.setdefault(rank, started) == started else "is gone"
 

@@ -78,7 +78,7 @@ class Waiter:
                 return True
             if on_park is not None:
                 on_park()
-            if self._spin(ready):
+            if word.load() != seen and self._spin(ready):  # something has happened, and more may come
                 return True
 
     def _spin(self, ready: Callable[[], bool]) -> bool:
