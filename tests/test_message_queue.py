@@ -476,6 +476,38 @@ def test_minus_one_is_the_only_remote_reader() -> None:
         assert reader.dequeue(WATCHDOG) == "x"
 
 
+def test_a_rank_is_read_by_one_end_at_a_time() -> None:
+    with MessageQueue(1, 1) as queue:
+        handle = queue.export_handle()
+        with MessageQueue.create_from_handle(handle, 0):
+            with pytest.raises(StartError, match=rf"as rank 0: that place is taken: process {os.getpid()} reads there"):
+                MessageQueue.create_from_handle(handle, 0)
+        with MessageQueue.create_from_handle(handle, 0) as reader:
+            queue.enqueue("for the next one")
+            assert reader.dequeue(WATCHDOG) == "for the next one"
+
+
+def test_enqueue_inside_of_enqueue_is_refused() -> None:
+    """As from a signal handler or a __del__ that runs amid it; what is sent around it is intact."""
+    with MessageQueue(1, 1) as queue, MessageQueue.create_from_handle(queue.export_handle(), 0) as reader:
+        errors: list[BaseException] = []
+
+        def enqueue_again() -> None:
+            try:
+                queue.enqueue("inner")
+            except RuntimeError as exc:
+                errors.append(exc)
+
+        assert queue._writer is not None
+        put = queue._writer._shm.put  # type: ignore[union-attr]
+        queue._writer._shm.put = lambda frame: (enqueue_again(), put(frame))[1]  # type: ignore[union-attr, method-assign, func-returns-value]
+        queue.enqueue("outer")
+        assert "inside of enqueue" in str(errors[0])
+        assert reader.dequeue(WATCHDOG) == "outer"
+        with pytest.raises(TimeoutError):
+            reader.dequeue(0)
+
+
 def test_a_handle_of_another_version_is_refused() -> None:
     with MessageQueue(1, 1) as queue:
         with pytest.raises(ValueError, match=r"version 99 from pid \d+ on .*Install the same ray-shm"):
