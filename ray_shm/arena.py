@@ -102,13 +102,13 @@ class Arena:
         if beyond and not passing:
             return None
         try:
-            block = self._reserve(size)
+            block = self._reserve(size, beyond)
         except StartError:
             if not self._free:
                 raise
             for idle in list(self._free):
                 self._give_back(idle)
-            block = self._reserve(size)
+            block = self._reserve(size, beyond)
         block.passing = beyond
         return block
 
@@ -125,8 +125,8 @@ class Arena:
         for block in [block for block in self._free if block.free_since < before]:
             self._give_back(block)
 
-    def _reserve(self, size: int) -> Block:
-        block = _best([b for b in self._hollow if self.reserved + b.size <= self.cap], size)
+    def _reserve(self, size: int, beyond: bool) -> Block:
+        block = _best([b for b in self._hollow if beyond or self.reserved + b.size <= self.cap], size)
         fresh = block is None
         if block is None:
             block = Block(self._end, size)

@@ -45,15 +45,13 @@ class Lease(weakref.ref):  # type: ignore[type-arg]  # to a ctypes array
 class Leases:
     """The leases of one reading end, and its windows onto the arena."""
 
-    def __init__(self, fd: int, words: memoryview, give_back: Callable[[int], None], fresh: bool) -> None:
-        """`fd` is this object's to close. `words`: this reader's lease words; `fresh`: of another process before."""
+    def __init__(self, fd: int, words: memoryview, give_back: Callable[[int], None]) -> None:
+        """`fd` is this object's to close. `words`: this reader's lease words."""
         self._fd = fd
         self._words = words
         self._give_back = give_back
         self._windows: dict[tuple[int, int], Window] = {}
         self._closed = False
-        if fresh:
-            words[:] = memoryview(bytes(words.nbytes)).cast("I")
 
     def window(self, offset: int, size: int) -> Window:
         """This process's copy-on-write view of a block. Raises OSError where it cannot be mapped."""
@@ -63,34 +61,40 @@ class Leases:
         return window
 
     def take(self, key: tuple[int, int], nbytes: int, index: int, generation: int) -> memoryview:
-        """The first `nbytes` of the block at `key` (offset, size), leased until nothing refers to them any more."""
+        """The first `nbytes` of the block at `key` (offset, size), leased until nothing refers to them any more.
+
+        `index` -1: the memory is the writer's again once the message is released; it only stays mapped for so long.
+        """
         window = self.window(*key)
-        window.held = True
-        self._words[index] = generation  # before the cursor is stored
+        if index >= 0:
+            self._words[index] = generation  # before the cursor is stored
         block = (ctypes.c_char * nbytes).from_address(window.address)
         lease = Lease(block, _returned)
         lease.owner, lease.key, lease.window, lease.nbytes, lease.index = self, key, window, nbytes, index
+        window.holders.add(id(lease))
         _live[id(lease)] = lease
         return memoryview(block).cast("B")
 
     def returned(self, lease: Lease) -> None:
         """Nothing refers to the memory of `lease` any more. On any thread, at any time; takes no lock."""
-        address, size = lease.window.address, _whole_pages(lease.nbytes)
-        try:
-            drop_own_pages(_open_pagemap(), address, size)
-        except OSError:  # no /proc/self/pagemap: slower, but the same
-            drop_all_pages(address, size)
-        # `held` first and `_closed` second, the other way round than `close`: one of the two unmaps.
-        lease.window.held = False
-        if self._closed:
+        if lease.index >= 0:  # else it was only read, and the block may be somebody's again
+            address, size = lease.window.address, _whole_pages(lease.nbytes)
+            try:
+                drop_own_pages(_open_pagemap(), address, size)
+            except OSError:  # no /proc/self/pagemap: slower, but the same
+                drop_all_pages(address, size)
+        # `holders` first and `_closed` second, the other way round than `close`: one of the two unmaps.
+        lease.window.holders.discard(id(lease))
+        if self._closed and not lease.window.holders:
             self._unmap(lease.key)
-        self._give_back(lease.index)
+        if lease.index >= 0:
+            self._give_back(lease.index)
 
     def close(self) -> None:
         """Unmap what nobody holds; what is held is unmapped when it is returned. Idempotent."""
         self._closed = True
         for key, window in list(self._windows.items()):
-            if not window.held:
+            if not window.holders:
                 self._unmap(key)
         if self._fd >= 0:
             os.close(self._fd)
@@ -104,7 +108,7 @@ class Leases:
 
 def held() -> tuple[int, int]:
     """(leases, bytes) that this process holds, of all queues."""
-    leases = list(_live.values())
+    leases = [lease for lease in list(_live.values()) if lease.index >= 0]
     return len(leases), sum(lease.nbytes for lease in leases)
 
 

@@ -43,6 +43,7 @@ class QueueReader(QueueEnd):
         self._writer_pid = handle.pid
         self._writer_started = handle.shm.ref.start_time if handle.shm else 0
         self._writer_dead = False
+        self._reading = False  # a message, by the thread that holds the lock
         self._end_watch: Callable[[], None] | None = None
         self._on_park: Callable[[], None] | None = self._look_for_writer  # where no pidfd tells of its death
         self.shm: ShmReader | None = None
@@ -151,6 +152,7 @@ class QueueReader(QueueEnd):
         if not lock.acquire(False) and not self._acquire(deadline):
             self._require_open()
             raise TimeoutError(self._nothing_text(deadline))  # another thread waits for a message
+        self._begin_reading(lock)
         try:
             shm = self.shm
             frames = shm.peek() if shm is not None else None
@@ -167,6 +169,7 @@ class QueueReader(QueueEnd):
                 if not self._closed:  # by `consume` itself
                     self.release()
         finally:
+            self._reading = False
             lock.release()
 
     @contextlib.contextmanager
@@ -176,6 +179,7 @@ class QueueReader(QueueEnd):
         if not self._acquire(deadline):
             self._require_open()
             raise TimeoutError(self._nothing_text(deadline))
+        self._begin_reading(lock)
         try:
             frames = self._await_frames(deadline, cancel)
             try:
@@ -184,7 +188,15 @@ class QueueReader(QueueEnd):
                 if not self._closed:  # by the block itself
                     self.release()
         finally:
+            self._reading = False
             lock.release()
+
+    def _begin_reading(self, lock: threading.RLock) -> None:
+        if self._reading:  # the same thread: inside of acquire_read, while unpickling, or in a signal handler
+            lock.release()
+            self._require_open()
+            raise RuntimeError("a message of the same queue is being read in this thread; nothing was taken")
+        self._reading = True
 
     def stats(self) -> QueueStats:
         """Counters of this end; the leases are those of this process."""

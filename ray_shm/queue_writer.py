@@ -155,7 +155,7 @@ class QueueWriter(QueueEnd):
         lock = self._lock  # a forked child gets another one
         if not lock.acquire(False) and not self._acquire(deadline):
             self._require_open()
-            raise TimeoutError(self._late_text(deadline))  # another thread waits for room
+            raise TimeoutError(self._late_text(deadline, ""))  # another thread waits for room, and has the blocks
         if self._sending:  # the same thread: a signal handler, or a __del__
             lock.release()
             self._require_open()
@@ -288,14 +288,14 @@ class QueueWriter(QueueEnd):
 
     def _wait_for_readers(self, lengths: list[int], deadline: Deadline, on_wait: Callable[[], object] | None) -> None:
         if not self._wait(lambda: self._shm is None or self._shm.room(lengths), deadline, on_wait):
-            raise TimeoutError(self._late_text(deadline))
+            raise TimeoutError(self._late_text(deadline, self._held_text()))
 
     def _wait_for_credit(self, nbytes: int, deadline: Deadline, on_wait: Callable[[], object] | None) -> None:
         while self._zmq is not None and not self._has_credit(nbytes):
             if on_wait is not None:
                 on_wait()
             if deadline.expired():
-                raise TimeoutError(self._late_text(deadline))
+                raise TimeoutError(self._late_text(deadline, self._held_text()))
             self._await_remote(deadline)
 
     def _has_credit(self, nbytes: int) -> bool:
@@ -313,14 +313,14 @@ class QueueWriter(QueueEnd):
                 self._lose(exc)
         self._require_open()
 
-    def _late_text(self, deadline: Deadline) -> str:
+    def _late_text(self, deadline: Deadline, held: str) -> str:
         late = {r: f"is {n:,} bytes behind" for r, n in self.behind().items()}
         absent = [*self._absent(), *(self._zmq.missing() if self._zmq is not None else [])]
         late.update(dict.fromkeys(absent, "never attached"))
         who = ", ".join(f"rank {r}{self._pid_text(r)} {late[r]}" for r in sorted(late))
         return (
             f"the queue of pid {os.getpid()} was full for {deadline.timeout} s: {who or 'no reader'}"
-            f"{self._held_text()}. Nothing was sent, and the queue is intact; read faster, wait longer, or raise "
+            f"{held}. Nothing was sent, and the queue is intact; read faster, wait longer, or raise "
             "max_chunks or max_arena_bytes."
         )
 
@@ -385,8 +385,12 @@ class QueueWriter(QueueEnd):
                     self._zmq.drop(rank)
             elif self._shm is not None:
                 index = self._local_ranks.index(rank)
-                self._shm.drop(index, gone=index in self._dead or self._shm.ring.state(index) != ring.LEFT)
-                self._dead.discard(index)
+                self._shm.drop(index, gone=self._shm.ring.state(index) != ring.LEFT)
+                if index not in self._watched:  # it left before anybody looked; what it leased counts while it lives
+                    self._watched[index] = death_watch.watch(self._shm.ring.pid(index), 0, self._on_death(index))
+                if index in self._dead:
+                    self._shm.drop(index, gone=True)
+                    self._dead.discard(index)
 
     def _fate(self, index: int, rank: int) -> str:
         """What became of a local reader; empty while it is absent, or attached and alive."""

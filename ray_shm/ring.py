@@ -288,17 +288,14 @@ class RingReader:
         self._cursor: int = self._longs[self._cursor_q]
         self._pending = 0  # bytes of the record that was peeked and not released
         leases = shape.leases + 4 * LEASES * index
-        self.previous_pid = ints[(self._line + 12) // 4]
         self.leases = segment.view[leases : leases + 4 * LEASES].cast("I")
         ints[(self._line + 12) // 4] = pid
         self.set_state(ATTACHED)
 
     @staticmethod
     def occupant(segment: Segment, index: int) -> int:
-        """Pid of the process that reads as `index`, as far as the ring says; 0: nobody."""
-        ints = segment.view.cast("I")
-        line = _READERS + _LINE * index
-        return ints[(line + 12) // 4] if ints[(line + 8) // 4] == ATTACHED else 0
+        """Pid of the process that reads, or has read, as `index`; 0: none."""
+        return segment.view.cast("I")[(_READERS + _LINE * index + 12) // 4]
 
     def set_state(self, state: int) -> None:
         self._ints[(self._line + 8) // 4] = state

@@ -26,7 +26,7 @@ from ray_shm.errors import StartError
 from ray_shm.handle import ShmAddress
 from ray_shm.lease import Leases
 from ray_shm.ring import LEASES, Buffer, RingReader, RingWriter, Shape, record_bytes
-from ray_shm.segment import Segment, start_time
+from ray_shm.segment import Segment
 
 RING_BYTES = 1 << 20
 SMALLEST_RING = 1 << 16
@@ -137,7 +137,8 @@ class ShmWriter:
         if self._prepared is not None:
             if self._prepared.size >= nbytes:
                 return True
-            self._arena.free(self._prepared)
+            unused, self._prepared = self._prepared, None
+            self._arena.free(unused)
         self._reclaim()
         # Unread messages are read some day, leases may be kept for ever: beside nothing but leases it goes alone.
         alone = not any(item.block is not None for item in self._counted)
@@ -298,12 +299,11 @@ class ShmReader:
         futex.require_supported()
         self._segment = Segment.attach(address.ref)
         occupant = RingReader.occupant(self._segment, index)
-        if occupant and start_time(occupant):
+        if occupant:  # its cursor and its leases are not another one's to take over
             self._segment.close()
-            raise StartError(f"that place is taken: process {occupant} reads there and is alive")
+            raise StartError(f"that place is taken: process {occupant} reads or has read there; make a new queue")
         self.ring = RingReader(self._segment, address.shape, index, pid)
-        fresh = self.ring.previous_pid != pid
-        self._leases = Leases(os.dup(self._segment.fd), self.ring.leases, self.ring.lease_release(), fresh)
+        self._leases = Leases(os.dup(self._segment.fd), self.ring.leases, self.ring.lease_release())
         self.large = 0  # messages that came through the arena
         self._frames: list[memoryview] | None = None  # of a large message that was peeked and not released
         self.owned = False  # the frames peeked last, but for the first, may be kept: they lie in leased memory
@@ -326,11 +326,8 @@ class ShmReader:
 
     def _large(self, where: memoryview) -> list[memoryview]:
         offset, size, used, lease, generation = _WHERE.unpack(where)
-        if lease < 0:
-            view = self._leases.window(offset, size).view()[:used]
-        else:
-            view = self._leases.take((offset, size), used, lease, generation)
-            self.owned = True
+        view = self._leases.take((offset, size), used, lease, generation)
+        self.owned = lease >= 0
         self._frames = arena.contents(view)
         self.large += 1
         return self._frames

@@ -35,7 +35,7 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 class Window:
     """`size` mapped bytes at `address`."""
 
-    __slots__ = ("address", "held", "size")
+    __slots__ = ("address", "holders", "size")
 
     def __init__(self, fd: int, offset: int, size: int, private: bool) -> None:
         """Map; `private`: what is written here is seen by nobody else, and what others write before is seen here.
@@ -49,7 +49,7 @@ class Window:
             _raise_errno()
         self.address: int = address
         self.size = size
-        self.held = False  # somebody refers to memory in it; its owner's to keep
+        self.holders: set[int] = set()  # who refers to memory in it; its owner's to keep
 
     def view(self) -> memoryview:
         """All of it, writable. Does not keep the window mapped."""

@@ -479,12 +479,56 @@ def test_minus_one_is_the_only_remote_reader() -> None:
 def test_a_rank_is_read_by_one_end_at_a_time() -> None:
     with MessageQueue(1, 1) as queue:
         handle = queue.export_handle()
-        with MessageQueue.create_from_handle(handle, 0):
-            with pytest.raises(StartError, match=rf"as rank 0: that place is taken: process {os.getpid()} reads there"):
-                MessageQueue.create_from_handle(handle, 0)
         with MessageQueue.create_from_handle(handle, 0) as reader:
-            queue.enqueue("for the next one")
-            assert reader.dequeue(WATCHDOG) == "for the next one"
+            with pytest.raises(StartError, match=rf"as rank 0: that place is taken: process {os.getpid()} reads"):
+                MessageQueue.create_from_handle(handle, 0)
+            queue.enqueue("for the first")
+            assert reader.dequeue(WATCHDOG) == "for the first"
+        with pytest.raises(StartError, match="make a new queue"):  # what it holds may still lie in leased memory
+            MessageQueue.create_from_handle(handle, 0)
+
+
+def test_dequeue_inside_of_a_read_is_refused() -> None:
+    with MessageQueue(1, 1) as queue, MessageQueue.create_from_handle(queue.export_handle(), 0) as reader:
+        queue.enqueue("first")
+        queue.enqueue("second")
+        with reader.acquire_read(WATCHDOG), pytest.raises(RuntimeError, match="nothing was taken"):
+            reader.dequeue(WATCHDOG)
+        assert reader.dequeue(WATCHDOG) == "second"
+
+
+@pytest.mark.parametrize("size", [100_000, 500_000], ids=["copied", "leased"])
+def test_a_read_buffer_outlives_a_close_inside_of_the_read(size: int) -> None:
+    with MessageQueue(1, 1) as queue, MessageQueue.create_from_handle(queue.export_handle(), 0) as reader:
+        with queue.acquire_write() as buffer:
+            buffer[:size] = b"x" * size
+        with reader.acquire_read(WATCHDOG) as got:
+            reader.close()
+            assert got[:size] == b"x" * size
+
+
+def test_senders_that_time_out_behind_another_name_who_is_late() -> None:
+    """They do not touch what the sender that waits works on."""
+    with (
+        MessageQueue(1, 1, max_chunk_bytes=100_000, max_chunks=2) as queue,
+        MessageQueue.create_from_handle(queue.export_handle(), 0),
+    ):
+        outcomes: list[BaseException] = []
+
+        def send() -> None:
+            try:
+                while True:
+                    queue.enqueue(bytes(90_000), SOON)
+            except BaseException as exc:
+                outcomes.append(exc)
+
+        threads = [threading.Thread(target=send) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WATCHDOG)
+        assert [type(exc) for exc in outcomes] == [TimeoutError] * 4
+        assert all("rank 0 (pid" in str(exc) for exc in outcomes)
 
 
 def test_enqueue_inside_of_enqueue_is_refused() -> None:
