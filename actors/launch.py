@@ -89,7 +89,7 @@ def launch(
         StartError: a worker died or raised while starting, or was late; `failures` has each rank's exception.
         After each of these nothing is left: no actor, placement group, memory, or port.
     """
-    checked = _require_arguments(worker_cls, num_workers, transport, backend, driver, name, lifetime, start_timeout)
+    _require_arguments(worker_cls, num_workers, transport, backend, driver, name, lifetime, start_timeout)
     declared = require_groups(groups, num_workers)
     resources = WorkerResources(cpus_per_worker, gpus_per_worker, dict(resources_per_worker or {}))
     payloads = _pickle_workers(worker_cls, args, kwargs or {}, num_workers)
@@ -109,7 +109,7 @@ def launch(
     )
     runtime = GroupRuntime(worker_cls.__name__, reservation)
     try:
-        _Launch(runtime, progress, deadline, checked, backend).run(resources, payloads, declared, runtime_env)
+        _Launch(runtime, progress, deadline, transport, backend).run(resources, payloads, declared, runtime_env)
         progress(f"ready: {runtime.summary()}")
     except BaseException:
         runtime.abort()
@@ -236,8 +236,8 @@ def _require_arguments(
     name: str | None,
     lifetime: str | None,
     start_timeout: float,
-) -> str:
-    """The transport to use. Raises ValueError or TypeError."""
+) -> None:
+    """Raises ValueError or TypeError; StartError where shared memory is asked for and not supported."""
     if not isinstance(worker_cls, type):
         raise TypeError(f"worker_cls must be a class, not {worker_cls!r}")
     if not isinstance(num_workers, int) or isinstance(num_workers, bool):
@@ -257,7 +257,6 @@ def _require_arguments(
         raise ValueError(f"start_timeout={start_timeout} must be more than 0 seconds")
     if transport == "shm":
         futex.require_supported()
-    return transport
 
 
 def _pickle_workers(worker_cls: type, args: Sequence[Any], kwargs: Mapping[str, Any], num_workers: int) -> list[bytes]:

@@ -24,7 +24,6 @@ from pathlib import Path
 from ray_shm.errors import StartError
 
 LAYOUT_VERSION = 2
-HEADER_BYTES = 64
 NAME = "ray_shm"
 _MAGIC = b"RAYSHM\x00\x01"
 _HEADER = struct.Struct("<8sIIQ16s")
