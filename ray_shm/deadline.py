@@ -16,7 +16,7 @@ class Deadline:
     @classmethod
     def after(cls, timeout: float | None) -> Deadline:
         """A deadline `timeout` seconds from now; None never expires, zero or less has expired at once."""
-        return cls(None if timeout is None else time.monotonic() + timeout, timeout)
+        return NEVER if timeout is None else cls(time.monotonic() + timeout, timeout)
 
     def remaining(self) -> float | None:
         """Seconds left, never negative; None for ever."""
@@ -29,3 +29,6 @@ class Deadline:
         """Seconds to wait next: what is left, at most `longest`."""
         left = self.remaining()
         return longest if left is None else min(left, longest)
+
+
+NEVER = Deadline(None, None)

@@ -28,8 +28,8 @@ Consume = Callable[[list[memoryview], bool], Any]
 class QueueReader(QueueEnd):
     """Receives messages as one rank. Threads may share it: each message goes to one of them."""
 
-    def __init__(self, handle: Handle, rank: int) -> None:
-        """Attach as `rank`.
+    def __init__(self, handle: Handle, rank: int, longest_park: float = IDLE_PARK) -> None:
+        """Attach as `rank`. `longest_park`: seconds after which a sleeping reader looks up by itself.
 
         Raises:
             AttachError: `rank` is a local reader and the memory cannot be reached from this process.
@@ -39,6 +39,7 @@ class QueueReader(QueueEnd):
         handle.require_version()
         super().__init__()
         self._closed = True  # until all is there
+        self._longest_park = longest_park
         self._from = f"pid {handle.pid} on {handle.node}"
         self._writer_pid = handle.pid
         self._writer_started = handle.shm.ref.start_time if handle.shm else 0
@@ -157,7 +158,7 @@ class QueueReader(QueueEnd):
             shm = self.shm
             frames = shm.peek() if shm is not None else None
             if frames is None and shm is not None and cancel is None:  # the hot path of a reader that waits
-                self._waiter.wait(shm.ring.news, shm.ring.event, deadline, IDLE_PARK, self._on_park)
+                self._waiter.wait(shm.ring.news, shm.ring.event, deadline, self._longest_park, self._on_park)
                 frames = shm.peek() if not self._closed else None
             if frames is None or cancel is not None:
                 frames = self._await_frames(deadline, cancel)
@@ -263,7 +264,7 @@ class QueueReader(QueueEnd):
         if shm is None:
             done = self._await_zmq(ready, deadline, cancel)
         elif cancel is None:
-            done = self._waiter.wait(ready, shm.ring.event, deadline, IDLE_PARK, self._on_park)
+            done = self._waiter.wait(ready, shm.ring.event, deadline, self._longest_park, self._on_park)
         else:
             done = self._waiter.wait(
                 lambda: ready() or cancel.is_set(), shm.ring.event, deadline, CANCEL_PARK, self._on_park
@@ -278,7 +279,7 @@ class QueueReader(QueueEnd):
         return True
 
     def _await_zmq(self, ready: Callable[[], bool], deadline: Deadline, cancel: threading.Event | None) -> bool:
-        park = IDLE_PARK if cancel is None else CANCEL_PARK
+        park = self._longest_park if cancel is None else CANCEL_PARK
         while self.zmq is not None and not (ready() or self._closed or (cancel is not None and cancel.is_set())):
             if self.zmq.broken() and not ready():
                 raise PeerLostError(f"the connection to the writer ({self._from}) is gone; make a new queue")

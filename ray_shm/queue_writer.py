@@ -9,17 +9,16 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ray_shm import death_watch, ring
+from ray_shm import ring
 from ray_shm.deadline import Deadline
 from ray_shm.errors import PeerLostError
 from ray_shm.handle import HANDLE_VERSION, Handle
 from ray_shm.queue_end import QueueEnd, QueueStats
+from ray_shm.reader_watch import ReaderWatch
 from ray_shm.ring import Buffer
-from ray_shm.segment import start_time
 from ray_shm.shm_channel import RING_BYTES, ShmWriter
 from ray_shm.waiting import IDLE_PARK
 
@@ -65,14 +64,13 @@ class QueueWriter(QueueEnd):
         self._watch_readers = watch_readers
         self._drop_dead = drop_dead_readers
         self._local_ranks = tuple(local_ranks)
-        self._started: dict[int, int] = {}  # local rank -> start time of its process, to tell it from a reused pid
-        self._watched: dict[int, Callable[[], None] | None] = {}  # local reader's position -> what ends its watch
-        self._dead: set[int] = set()  # positions of local readers whose process has ended, told by the watch
         self._shm = (
             ShmWriter(len(self._local_ranks), max_chunk_bytes, max_chunks, ring_bytes, max_arena_bytes, wakes)
             if self._local_ranks
             else None
         )
+        self._watch = ReaderWatch(self._shm) if self._shm is not None else None
+        self._dead: set[int] = self._watch.dead if self._watch is not None else set()  # positions of local readers
         self._zmq = self._make_zmq(remote_ranks, max_chunk_bytes * max_chunks, ip, port_range) if remote_ranks else None
         self.handle = Handle(
             HANDLE_VERSION,
@@ -208,6 +206,49 @@ class QueueWriter(QueueEnd):
         elif self._zmq is not None:
             self._zmq.drop(rank)
 
+    def readmit(self, rank: int) -> None:
+        """Give the place of `rank`, which was dropped and whose process has ended, to a new process.
+
+        It attaches as the old one did, with the same handle, at any time after this. It gets all that is sent from now
+        on, and nothing from before; until it has attached and read, a sender may have to wait for it. Waits for a
+        thread that is in `send`, but not for what the old process had not read.
+
+        Raises:
+            ValueError: no such rank, it was not dropped, or its process (on this node) lives. Nothing has changed.
+            QueueClosedError: this end was closed. RuntimeError: called inside of `send`; nothing has changed.
+            PeerLostError: the queue cannot be used any more; make a new one.
+        """
+        self._require_vacant(rank)  # may take a moment, so without the lock
+        with self._lock:
+            self._require_open()
+            if self._sending:  # the same thread: `on_wait`, or a signal handler
+                raise RuntimeError("readmit was called inside of enqueue of the same queue; nothing was readmitted")
+            self._require_vacant(rank)  # still: another thread may have been faster
+            if self._watch is not None and rank in self._local_ranks:
+                self._watch.readmit(self._local_ranks.index(rank))
+            elif self._zmq is not None:
+                self._zmq.readmit(rank)
+
+    def _require_vacant(self, rank: int) -> None:
+        if rank in self._local_ranks:
+            index = self._local_ranks.index(rank)
+            dropped = self._shm is not None and index in self._shm.ring.dropped
+            vacant = dropped and self._watch is not None and self._watch.is_vacant(index)
+        elif rank in self.handle.remote_reader_ranks:
+            dropped = vacant = self._zmq is not None and rank in self._zmq.dropped
+        else:
+            raise ValueError(f"the queue of pid {os.getpid()} has no reader {rank}")
+        if not vacant:
+            self._require_open()
+            why = (
+                "its process lives and may still write to its place: kill it first"
+                if dropped
+                else f"it was not dropped: call drop({rank}) once its process has ended"
+            )
+            raise ValueError(
+                f"cannot readmit rank {rank}{self._pid_text(rank)} to the queue of pid {os.getpid()}: {why}"
+            )
+
     def behind(self) -> dict[int, int]:
         """rank → bytes sent and not yet consumed, of the ranks that are behind."""
         lags: dict[int, int] = {}
@@ -238,10 +279,8 @@ class QueueWriter(QueueEnd):
             self._zmq.wake()
 
     def _free(self) -> None:
-        for end_watch in self._watched.values():
-            if end_watch is not None:
-                end_watch()
-        self._watched.clear()
+        if self._watch is not None:
+            self._watch.close()
         if self._shm is not None:
             self._shm.announce_close()
             self._shm.close()
@@ -342,36 +381,18 @@ class QueueWriter(QueueEnd):
 
     def _watch_attached(self) -> None:
         """Have the death of attached local readers told."""
-        if self._shm is None or not self._watch_readers:
-            return
-        for i, _ in self._live_local():
-            if i not in self._watched and self._shm.ring.state(i) == ring.ATTACHED:
-                self._watched[i] = death_watch.watch(self._shm.ring.pid(i), 0, self._on_death(i))
-
-    def _on_death(self, index: int) -> Callable[[], None]:
-        me = weakref.ref(self)  # a dropped end is to be collected
-
-        def on_death() -> None:
-            writer = me()
-            shm = writer._shm if writer is not None else None
-            if writer is None or shm is None:
-                return
-            if index in shm.ring.dropped:  # it had closed its end; what it still held is free now
-                shm.drop(index, gone=True)
-            else:
-                writer._dead.add(index)
-            shm.ring.bell.ring()
-
-        return on_death
+        if self._watch is not None and self._watch_readers:
+            self._watch.start(i for i, _ in self._live_local())
 
     def _require_readers(self) -> None:
         """Act on local readers that closed their end, or whose process is gone. Raises PeerLostError."""
-        if self._shm is None or not self._watch_readers:
+        shm, watch = self._shm, self._watch
+        if shm is None or watch is None or not self._watch_readers:
             return
         self._watch_attached()
-        lost = [(i, rank, fate) for i, rank in self._live_local() if (fate := self._fate(i, rank))]
+        lost = [(i, rank, fate) for i, rank in self._live_local() if (fate := watch.fate(i))]
         if lost:
-            who = ", ".join(f"rank {rank} (pid {self._shm.ring.pid(i)}) {fate}" for i, rank, fate in lost)
+            who = ", ".join(f"rank {rank} (pid {shm.ring.pid(i)}) {fate}" for i, rank, fate in lost)
             self._lose(PeerLostError(f"reader {who}; close the queue or make a new one", [rank for _, rank, _ in lost]))
 
     def _lose(self, error: PeerLostError) -> None:
@@ -383,27 +404,8 @@ class QueueWriter(QueueEnd):
             if rank not in self._local_ranks:
                 if self._zmq is not None:
                     self._zmq.drop(rank)
-            elif self._shm is not None:
-                index = self._local_ranks.index(rank)
-                self._shm.drop(index, gone=self._shm.ring.state(index) != ring.LEFT)
-                if index not in self._watched:  # it left before anybody looked; what it leased counts while it lives
-                    self._watched[index] = death_watch.watch(self._shm.ring.pid(index), 0, self._on_death(index))
-                if index in self._dead:
-                    self._shm.drop(index, gone=True)
-                    self._dead.discard(index)
-
-    def _fate(self, index: int, rank: int) -> str:
-        """What became of a local reader; empty while it is absent, or attached and alive."""
-        if self._shm is None or self._shm.ring.state(index) == ring.ABSENT:
-            return ""
-        if self._shm.ring.state(index) == ring.LEFT:
-            return "closed its end of the queue"
-        if index in self._dead:
-            return "is gone"
-        if self._watched.get(index) is not None:
-            return ""
-        started = start_time(self._shm.ring.pid(index))
-        return "" if started and self._started.setdefault(rank, started) == started else "is gone"
+            elif self._watch is not None:
+                self._watch.drop(self._local_ranks.index(rank))
 
 
 def size_text(nbytes: int) -> str:

@@ -9,10 +9,12 @@ Layout, after the segment's 64-byte header (every line is 64 bytes, so that no t
          phase   u32  0 starting, 1 ready, 2 closed; written by the writer only
          wanted  u32  the writer sleeps on the bell, or is about to; written by the writer only
     128  bell    u32  changes with everything told to the writer's process, which sleeps on it; see `Bell`
-    192  one line per reader i, written by reader i only; the writer may see it late:
+    192  one line per reader i, written by reader i only (by the writer while no process has it: `RingWriter.readmit`);
+         the writer may see it late:
          cursor  u64  bytes consumed so far, modulo 2^64; cursor <= tail, tail - cursor <= capacity
          state   u32  0 absent, 1 attached, 2 closed
-         pid     u32  the reader's process
+         pid     u32  the reader's process; 0: none has attached, and one may
+         started u64  when that process started (segment.py), which tells it from a later one with the same pid
     leases       LEASES u32 per reader, page-aligned, written by that reader only; see arena.py
     data         capacity bytes (a power of two), page-aligned
 
@@ -57,7 +59,7 @@ from dataclasses import dataclass
 
 from ray_shm import futex
 from ray_shm.futex import Word
-from ray_shm.segment import Segment
+from ray_shm.segment import Segment, start_time
 
 INLINE, LARGE, SKIP = 0, 1, 2
 STARTING, READY, CLOSED = 0, 1, 2
@@ -110,7 +112,8 @@ class Bell:
     def __init__(self, word: Word, ringer: int) -> None:
         self.word = word
         self._ringer = ringer << 20
-        # A process that takes over a ringer's number starts elsewhere; threads never draw the same number from it.
+        # A process that takes over a ringer's number starts elsewhere, and its place is free only once the writer has
+        # rung, too; threads never draw the same number from it.
         self._count = itertools.count(os.getpid())
 
     def ring(self) -> None:
@@ -118,6 +121,11 @@ class Bell:
             futex.fence()  # SYNC POINT: tail before event; here, what was done before the ring, and the word
         self.word.store(self._ringer | (next(self._count) & 0xFFFFF))
         self.word.wake()
+
+
+def bell_in(segment: Segment, ringer: int) -> Bell:
+    """The bell of a segment laid out as above, for a process that is no reader; `ringer`: its own number there."""
+    return Bell(Word(segment.mapping, segment.view.cast("I"), _BELL), ringer)
 
 
 def record_bytes(lengths: Sequence[int]) -> int:
@@ -260,9 +268,27 @@ class RingWriter:
     def pid(self, reader: int) -> int:
         return self._ints[(_READERS + _LINE * reader + 12) // 4]
 
+    def started(self, reader: int) -> int:
+        return self._longs[(_READERS + _LINE * reader + 16) // 8]
+
     def drop(self, reader: int) -> None:
         """Never wait for `reader` again. The owner knows that it left or that its process is gone."""
         self._dropped.add(reader)
+
+    def readmit(self, reader: int) -> None:
+        """Let a new process attach as `reader`, which was dropped; it reads what is published from now on.
+
+        The owner knows that the old process has ended, so nobody else stores here, and has cleared its lease words.
+        """
+        line = _READERS + _LINE * reader
+        self._longs[line // 8] = self.published & _MASK  # not `tail`: behind that, a skip may still be announced
+        self._ints[(line + 8) // 4] = ABSENT
+        # SYNC POINT: payload before tail; here, the place, and the pid of 0 that says it is free.
+        if futex.fence is not None:
+            futex.fence()
+        self._ints[(line + 12) // 4] = 0
+        self._dropped.discard(reader)
+        self.bell.ring()  # so that no sleeper has seen a value of the old process, which the new one may store again
 
     @property
     def dropped(self) -> set[int]:
@@ -289,12 +315,18 @@ class RingReader:
         self._pending = 0  # bytes of the record that was peeked and not released
         leases = shape.leases + 4 * LEASES * index
         self.leases = segment.view[leases : leases + 4 * LEASES].cast("I")
+        self._longs[self._line // 8 + 2] = start_time(pid)
+        # SYNC POINT: payload before tail; here, when the process started, and its pid; then the pid, and the state.
+        if futex.fence is not None:
+            futex.fence()
         ints[(self._line + 12) // 4] = pid
+        if futex.fence is not None:
+            futex.fence()
         self.set_state(ATTACHED)
 
     @staticmethod
     def occupant(segment: Segment, index: int) -> int:
-        """Pid of the process that reads, or has read, as `index`; 0: none."""
+        """Pid of the process that reads, or has read, as `index`; 0: none since its writer last readmitted one."""
         return segment.view.cast("I")[(_READERS + _LINE * index + 12) // 4]
 
     def set_state(self, state: int) -> None:

@@ -273,6 +273,13 @@ class ShmWriter:
         if gone:
             self._gone.add(reader)
 
+    def readmit(self, reader: int) -> None:
+        """Let a new process attach as `reader`, which was dropped and is vacant; it gets what is sent from now on."""
+        first = reader * LEASES
+        self._lease_words[first : first + LEASES] = memoryview(bytes(4 * LEASES)).cast("I")
+        self._gone.discard(reader)
+        self.ring.readmit(reader)
+
     def announce_close(self) -> None:
         """Tell the readers that nothing more will come."""
         self.ring.set_phase(ring.CLOSED)
@@ -301,7 +308,10 @@ class ShmReader:
         occupant = RingReader.occupant(self._segment, index)
         if occupant:  # its cursor and its leases are not another one's to take over
             self._segment.close()
-            raise StartError(f"that place is taken: process {occupant} reads or has read there; make a new queue")
+            raise StartError(
+                f"that place is taken: process {occupant} reads or has read there; make a new queue, or, once that "
+                "process has ended, have the writer drop and readmit it"
+            )
         self.ring = RingReader(self._segment, address.shape, index, pid)
         self._leases = Leases(os.dup(self._segment.fd), self.ring.leases, self.ring.lease_release())
         self.large = 0  # messages that came through the arena

@@ -38,8 +38,8 @@ class Credit:
     """What one reader has been sent and not yet acknowledged."""
 
     terms: Terms
-    sent: int = 0  # messages
-    acknowledged: int = 0  # messages
+    sent: int = 0  # messages; with those from before this reader's START
+    acknowledged: int = 0  # likewise
     bytes: int = 0  # sent and not acknowledged
     _sizes: deque[int] = field(default_factory=deque)  # of those, one by one
 
@@ -61,7 +61,7 @@ class Credit:
         self.bytes += nbytes
 
     def acknowledge(self, count: int) -> None:
-        """The reader has consumed `count` messages since the start. What was never sent cannot be acknowledged."""
+        """The reader has consumed `count` messages of the queue. What was never sent cannot be acknowledged."""
         while self.acknowledged < count and self._sizes:
             self.acknowledged += 1
             self.bytes -= self._sizes.popleft()

@@ -42,8 +42,8 @@ class ZmqReader:
             connection.send(Hello(kind, address.token, rank, pid, nonce).pack())
         self._broken = False
         self._fault: RayShmError | None = None  # what ends reading, once all before it is read
-        self._received = 0  # messages, or heads of them
-        self._consumed = 0
+        self._received = 0  # messages, or heads of them, and those from before this reader's START
+        self._consumed = 0  # likewise
         self._said = 0  # of those, in an ACK
         self._frames: list[memoryview] | None = None  # of the message that is handed out
         self._asked = False  # it asks for an ACK
@@ -56,6 +56,12 @@ class ZmqReader:
     def socket(self) -> Socket:
         """To poll many readers at once; `peek` until None after each event, as one message may be fetched ahead."""
         return self._end.main
+
+    @property
+    def monitor(self) -> Socket:
+        """To be polled beside `socket`: readable when the connection breaks; then see `broken`."""
+        socket: Socket = self._end.monitor.socket
+        return socket
 
     def poll(self, seconds: float) -> bool:
         """Wait until the writer says something (True), the connection breaks, or `wake`; at most `seconds`."""
@@ -117,6 +123,8 @@ class ZmqReader:
                 self._fill(parts)
             elif (kind := parts[0].bytes[:1]) == zmq_wire.MESSAGE:
                 self._begin(parts)
+            elif kind == zmq_wire.START:
+                self._received = self._consumed = self._said = zmq_wire.unpack_count(parts[0].bytes)
             elif kind == zmq_wire.READY:
                 self.ready = True
             elif kind == zmq_wire.CLOSED:

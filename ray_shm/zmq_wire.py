@@ -1,10 +1,12 @@
 """What travels between the two ends of a queue across nodes, as values: kinds of messages and their layout.
 
     reader -> writer   HELLO and LIFELINE (token, rank, pid, nonce), ACK (messages consumed), BYE
-    writer -> reader   READY, MESSAGE (head, then frames), pieces, CLOSED (messages sent), REFUSED (why)
+    writer -> reader   START (messages sent), READY, MESSAGE (head, then frames), pieces, CLOSED (messages sent),
+                       REFUSED (why)
 
 A reader makes two connections and names itself on both with the same nonce. HELLO's carries everything else;
-LIFELINE's carries nothing more, ever (zmq_socket.py says what for).
+LIFELINE's carries nothing more, ever (zmq_socket.py says what for). Once both are made the writer says START: the first
+message for this reader, which may take the place of one that is gone, is the next one after so many.
 
 A MESSAGE is one multipart: its head, and one part per frame. A frame larger than PIECE is an empty part there; its
 bytes follow, in messages of one part of PIECE bytes each, the last one shorter, before anything else is sent. So a
@@ -23,7 +25,7 @@ from dataclasses import dataclass
 from ray_shm.ring import Buffer
 
 HELLO, LIFELINE, ACK, BYE = b"H", b"L", b"A", b"B"
-READY, MESSAGE, CLOSED, REFUSED = b"R", b"M", b"C", b"X"
+START, READY, MESSAGE, CLOSED, REFUSED = b"S", b"R", b"M", b"C", b"X"
 PIECE = 256 << 10  # bytes
 _HELLO = struct.Struct("<c16sIQ16s")
 _COUNT = struct.Struct("<cQ")
@@ -62,7 +64,7 @@ class Hello:
 
 
 def pack_count(kind: bytes, count: int) -> bytes:
-    """An ACK (messages consumed) or CLOSED (messages sent), from the queue's start."""
+    """An ACK (messages consumed), START or CLOSED (messages sent), from the queue's start."""
     return _COUNT.pack(kind, count)
 
 

@@ -46,6 +46,7 @@ class _Peer:
     has_lifeline: bool = False
     left: bool = False  # it said goodbye
     lost: bool = False  # a connection of its is gone
+    replaced: bool = False  # its rank was readmitted; kept for as long as a connection of its is open
 
     @property
     def complete(self) -> bool:
@@ -87,6 +88,8 @@ class ZmqWriter:
         self._connections: dict[int, _Peer | None] = {}  # by descriptor; None: has not said a valid hello
         self._strangers: set[int] = set()  # descriptors of open connections that are counted as refused
         self._dropped: set[int] = set()
+        self._replaced: dict[int, bytes] = {}  # readmitted rank -> nonce of the reader that had it last
+        self._told_ready = False
         self._refused = 0
         self._using = threading.RLock()  # the socket; held while it is polled
         self._torn = False  # a message was sent to some readers and not to others
@@ -125,7 +128,11 @@ class ZmqWriter:
 
     def pid(self, rank: int) -> int:
         """Process id, on its own node, of the reader that attached as `rank`; 0 where none has."""
-        return next((p.pid for p in list(self._peers.values()) if p.rank == rank), 0)
+        return next((p.pid for p in list(self._peers.values()) if p.rank == rank and not p.replaced), 0)
+
+    @property
+    def dropped(self) -> set[int]:
+        return self._dropped
 
     def room(self, nbytes: int) -> bool:
         """Whether every reader has attached and may be sent a message of `nbytes` now.
@@ -183,12 +190,32 @@ class ZmqWriter:
     def ready(self) -> None:
         """Tell the readers that all have attached."""
         with self._using:
+            self._told_ready = True
             self._deliver([zmq_wire.READY], self._live())
 
     def drop(self, rank: int) -> None:
         """Never wait for `rank` again, nor send to it. Should it still live, it finds the connection broken at last."""
         self._dropped.add(rank)
         self._end.wake()
+
+    def readmit(self, rank: int) -> None:
+        """Let a new reader attach as `rank`, which was dropped; it gets what is sent from now on.
+
+        Whatever still comes from the old one, by connections or words on their way, is told by its nonce.
+
+        Raises:
+            PeerLostError: an exception came amid a message; nothing can be sent any more.
+        """
+        self._require([])
+        with self._using:
+            self._hear()  # words of the old one are refused as long as it is dropped
+            old = self._claims.pop(rank, None)
+            if old is not None:
+                old.replaced = True
+                self._replaced[rank] = old.nonce
+                self._forget(old)
+            self._absent.add(rank)
+            self._dropped.discard(rank)
 
     def close(self, linger: float = LINGER) -> None:
         """Tell the readers, and wait until they have read what was sent, `linger` seconds at most. Idempotent.
@@ -221,7 +248,7 @@ class ZmqWriter:
             self._hear()
 
     def _live(self) -> list[_Peer]:
-        return [p for p in list(self._peers.values()) if p.rank not in self._dropped]
+        return [p for p in list(self._peers.values()) if p.rank not in self._dropped and not p.replaced]
 
     def _require(self, gone: list[_Peer], outcome: str = "Nothing was sent.") -> None:
         if self._torn:
@@ -260,8 +287,8 @@ class ZmqWriter:
     def _glance(self) -> None:
         """Hear, from any thread, unless the owner is at it."""
         if self._using.acquire(blocking=False):
-            try:
-                if not self._end.closed and self._hear():
+            try:  # not amid a message, in a signal handler: hearing may have to answer
+                if not (self._end.closed or self._torn) and self._hear():
                     self._end.wake()  # the owner may be about to wait for what was just heard
             finally:
                 self._using.release()
@@ -310,6 +337,12 @@ class ZmqWriter:
         if not peer.complete and self._claims.get(peer.rank) is peer:  # it never attached, so another may
             del self._claims[peer.rank]
             self._peers.pop(peer.identity, None)
+        self._forget(peer)
+
+    def _forget(self, peer: _Peer) -> None:
+        """Nothing more comes from a reader that was replaced, once its connections are gone."""
+        if peer.replaced and peer not in self._connections.values():
+            self._peers.pop(peer.identity, None)
 
     def _welcome(self, identity: bytes, word: zmq.Frame) -> None:
         """Hear the first word of a connection; or another one of a lifeline or a stranger."""
@@ -339,21 +372,27 @@ class ZmqWriter:
             peer.identity, peer.has_hello = identity, True
             self._peers[identity] = peer
         self._connections[descriptor] = peer  # which shares its fate
-        if peer.complete:
+        if peer.complete and peer.rank in self._absent:
             self._absent.discard(peer.rank)
+            self._deliver([zmq_wire.pack_count(zmq_wire.START, self._sent)], [peer])
+            if self._told_ready:
+                self._deliver([zmq_wire.READY], [peer])
 
     def _reason_to_refuse(self, hello: Hello, holder: _Peer | None) -> str:
         if hello.rank not in self._ranks:
             return f"it has no remote reader {hello.rank}"
         if hello.rank in self._dropped:
             return f"it has given up rank {hello.rank}"
+        if self._replaced.get(hello.rank) == hello.nonce:
+            return f"another reader is to replace it as rank {hello.rank}"
         if holder is not None and holder.nonce != hello.nonce:
             return f"{holder} reads it as that rank already"
         return ""
 
     def _peer(self, hello: Hello, identity: bytes, word: zmq.Frame) -> _Peer:
         host = str(word.get("Peer-Address"))
-        return _Peer(hello.rank, hello.pid, host, hello.nonce, Credit(self._terms), identity)
+        credit = Credit(self._terms, self._sent, self._sent)
+        return _Peer(hello.rank, hello.pid, host, hello.nonce, credit, identity)
 
     def _turn_away(self, descriptor: int) -> None:
         """Count a stranger's connection, once."""
