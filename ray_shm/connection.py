@@ -1,14 +1,14 @@
-"""The connection of one coordinator group: made once, used by one thread at a time, ended once.
+"""The connection of one coordinator group: made once for each epoch, used by one thread at a time, ended by any.
 
 Runs in every worker.
 
-    (made) ── connect ──► connected ── close ──► ended (GroupClosedError)
-       │                      └─── a peer is gone or late ──► ended (PeerLostError)
-       └── no store, members absent ──► ended (StartError)
+    (made) ── connect ──► connected ── close ──► ended (GroupClosedError), for good
+       │         │            ├─── a peer is gone or late ──► ended (PeerLostError)
+       │         └────────────┴─── release, by another thread ──► ended (PeerLostError)
+       └── no store, members absent ──► ended (StartError)          └── reform, next epoch ──► (made)
 
-An ended connection repeats its error and is not connected again: the keys that its members left on the store
-would lead the next formation to sockets that are gone. Form the group again under the next epoch. Importing this
-module imports no torch.
+An ended connection repeats its error and is not connected again under its epoch: the keys that its members left on
+the store would lead the next formation to sockets that are gone. Importing this module imports no torch.
 """
 
 from __future__ import annotations
@@ -16,10 +16,14 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ray_shm.errors import GroupClosedError, PeerLostError, RayShmError, StartError
+from ray_shm.formation import Formation
 from ray_shm.membership import Membership
+from ray_shm.release import Release
 from ray_shm.store import GroupStore, first_line
 
 if TYPE_CHECKING:
@@ -37,6 +41,7 @@ class GroupConnection:
 
     Attributes:
         groups: None before `connect` and after the end; written by this class only.
+        operation: what the owner's thread is in, as "all_reduce", or None. Written by that thread only.
         store: where the members met, once connected.
         backend: as asked for; once connected, what the members agreed on.
     """
@@ -55,14 +60,19 @@ class GroupConnection:
     ) -> None:
         """Args are the coordinator's; without a store, the first member serves one on `store_address`."""
         self.groups: ProcessGroups | None = None
+        self.operation: str | None = None
         self.store: Any = None
-        self.backend = backend
+        self.backend = self._wanted = backend
         self._members, self._name = members, name
         self._given_store, self._store_address = store, store_address
         self._bind_host, self._timeout, self._device = bind_host, timeout, device
-        self._own_store: GroupStore | None = None
-        self._ended: RayShmError | None = None
+        self._own_store: GroupStore | None = None  # this rank serves it; it stays for the next epoch
         self._connecting = threading.Lock()
+        self._ending = threading.Lock()  # held for a few instructions: `release` never waits for the owner's thread
+        self._release = Release()
+        self._ended: RayShmError | None = None
+        self._released_for: str | None = None  # the reason, if `release` was what ended it
+        self._dropped: ProcessGroups | None = None  # after a release, until the owner's thread is out of them
 
     @property
     def members(self) -> Membership:
@@ -74,95 +84,204 @@ class GroupConnection:
         m = self._members
         return f"coordinator group {self._name!r} (global ranks {list(m.ranks)}, this rank {m.ranks[m.rank_in_group]})"
 
-    def connect(self) -> ProcessGroups:
-        """The process groups; connects if nobody did yet.
+    def connect(self, operation: str = "connect") -> ProcessGroups:
+        """The process groups; connects if nobody did yet. `operation` names what for.
 
         Raises:
-            StartError: could not connect. GroupClosedError, PeerLostError: ended before.
+            StartError: could not connect. GroupClosedError, PeerLostError: ended before, or meanwhile.
         """
         with self._connecting:
             if self.groups is not None:
                 return self.groups
             if self._ended is not None:
-                raise type(self._ended)(str(self._ended))
+                raise self._again(operation)
+            outer, self.operation = self.operation, self.operation or operation
             try:
-                self.groups = self._form()
-            except StartError as exc:
-                self._end(StartError(str(exc)))
-                raise
-            except BaseException as exc:
-                self._end(StartError(f"{self.label} was not formed: {type(exc).__name__}: {exc}"))
-                raise
-            return self.groups
+                return self._connect(self.operation)
+            finally:
+                self.operation = outer
 
     def run(self, operation: str, primitive: str, *args: Any) -> None:
-        """Runs the primitive of `ProcessGroups`; `operation` names it in the error.
+        """Runs the primitive of `ProcessGroups`; `operation` names it in the error, and to other threads meanwhile.
 
         Raises:
-            PeerLostError: a peer is gone or late; the connection has ended.
+            PeerLostError: a peer is gone or late, or the group was released; the connection has ended.
         """
-        run = getattr(self.groups or self.connect(), primitive)
+        self.operation = operation
         try:
-            run(*args)
-        except RuntimeError as exc:
-            raise self.lost(operation, exc) from exc
+            run = getattr(self.groups or self.connect(operation), primitive)
+            try:
+                run(*args)
+            except RuntimeError as exc:
+                raise self.lost(operation, exc) from exc
+        finally:
+            self.operation = None
 
     def lost(self, operation: str, exc: RuntimeError) -> RayShmError:
         """The error to raise after `exc`. Closes the sockets, so that peers that wait for this rank raise as well."""
-        if self._ended is not None:  # closed by another thread during the operation
-            return type(self._ended)(str(self._ended))
         text = (
             f"{operation} failed in {self.label}: {first_line(exc)}. A peer is gone, was later than "
-            f"{self._timeout} s, or called with another shape or dtype. The group is of no use any more: destroy() it "
-            "and form it again under the next epoch"
+            f"{self._timeout} s, or called with another shape or dtype. The group is of no use any more: reform() it, "
+            "or destroy() it and form another, under the next epoch"
         )
-        self._end(PeerLostError(text))  # not the one that is raised: its traceback would keep every frame alive
-        return PeerLostError(text)
+        # Not the one that is raised: its traceback would keep every frame alive.
+        if self._end(PeerLostError(text)):
+            return PeerLostError(text)
+        return self._again(operation)
+
+    def release(self, reason: str) -> bool:
+        """See StatelessGroupCoordinator.release."""
+        with self._ending:
+            if self._ended is not None:
+                return False
+            self._ended, self._released_for = PeerLostError(reason), reason
+            self._set_aside()
+            inside = self.operation is not None
+        self._release.request()
+        return inside
+
+    def reform(self, name: str, store: Any) -> None:
+        """Back to the state before `connect`, under another name; `store` replaces the one given, if it is not None.
+
+        Raises:
+            GroupClosedError: it was closed.
+        """
+        if isinstance(self._ended, GroupClosedError):
+            raise self._again("reform")
+        self._end(StartError(f"{self.label} is being formed again as {name!r}"))
+        if store is not None:
+            self._close_own_store()
+            self._given_store = store
+        with self._ending:
+            if isinstance(self._ended, GroupClosedError):  # by another thread, just now
+                raise self._again("reform")
+            self._name, self.backend = name, self._wanted
+            self._release = Release()
+            self._ended = self._released_for = None
 
     def close(self) -> None:
-        """Idempotent."""
-        if not isinstance(self._ended, GroupClosedError):
-            self._end(
-                GroupClosedError(f"{self.label} was destroyed by this process; form it again under the next epoch")
+        """Idempotent. Another thread that is in an operation raises GroupClosedError from it."""
+        with self._ending:
+            if isinstance(self._ended, GroupClosedError):
+                return
+            self._ended, self._released_for = GroupClosedError(f"{self.label} was destroyed by this process"), None
+            self._set_aside()
+            inside = self.operation is not None
+        if inside:
+            self._release.request()
+        else:
+            self._drop()
+        self._close_own_store()
+        self._given_store = None
+
+    def _again(self, operation: str) -> RayShmError:
+        """The error of an operation on what has ended; a new object, which collects no tracebacks."""
+        if self._released_for is not None:
+            return PeerLostError(
+                f"{operation} in {self.label} was ended by this process: {self._released_for}. The group is of no use "
+                "any more: reform() it under the next epoch"
             )
+        if isinstance(self._ended, GroupClosedError):
+            return GroupClosedError(f"{self._ended}; form it again under the next epoch")
+        return type(self._ended)(str(self._ended)) if self._ended else StartError(f"{self.label} was not formed")
 
-    def _end(self, reason: RayShmError) -> None:
-        groups, self.groups, self._ended = self.groups, None, reason
-        if groups is not None:
-            groups.close()
-        if self._own_store is not None:
-            self._own_store.close()
-        self.store = self._own_store = self._given_store = None
+    def _end(self, reason: RayShmError) -> bool:
+        """Frees the sockets, on the owner's thread. False: it had ended before, for another reason, which stays."""
+        with self._ending:
+            first = self._ended is None
+            self._ended = self._ended or reason
+            self._set_aside()
+        self._drop()
+        return first
 
-    def _form(self) -> ProcessGroups:
-        from ray_shm.process_group import ProcessGroups, Rendezvous, gpu_id
+    def _set_aside(self) -> None:
+        """So that no operation begins on them. Not yet dropped: that joins threads, and another may be inside."""
+        self._dropped, self.groups = self.groups or self._dropped, None
 
-        self.store = self._open_store()
-        meeting = Rendezvous(
-            _prefixed(self.store, self._name), self.label, self._members, self._bind_host, self._timeout
-        )
+    def _drop(self) -> None:
+        dropped, self._dropped = self._dropped, None
+        if dropped is not None:
+            dropped.close()
+        self.store = None
+
+    def _close_own_store(self) -> None:
+        served, self._own_store = self._own_store, None
+        if served is not None:
+            served.close()
+
+    # Forming: what may wait runs on a thread of its own, see formation.py
+
+    def _connect(self, operation: str) -> ProcessGroups:
+        release = self._release
+        try:
+            formed = Formation(self._formation(release), release).result()
+        except StartError as exc:
+            first = self._end(StartError(str(exc)))
+            self._close_own_store()
+            raise exc if first else self._again(operation) from exc
+        except BaseException as exc:
+            release.request()  # mostly an exception of a signal's handler: nobody waits for the formation any more
+            self._end(StartError(f"{self.label} was not formed: {type(exc).__name__}: {exc}"))
+            self._close_own_store()
+            raise
+        with self._ending:
+            if formed is not None and self._ended is None:
+                self.groups, self.store, self.backend = formed.groups, formed.store, formed.groups.backend
+                return formed.groups
+        if formed is not None:
+            formed.close()
+        raise self._again(operation)
+
+    def _formation(self, release: Release) -> Callable[[], _Formed]:
+        """What is quick, and belongs on the owner's thread; returns the rest."""
+        from ray_shm.process_group import gpu_id
+
         device = self._device()
         wanted = f"auto:{gpu_id(device)}" if self.backend == "auto" else self.backend
         if wanted == "nccl" and device.type == "cpu":
             raise StartError(f"{self.label}: backend nccl needs a GPU, and this process sees none; use auto or gloo")
-        self.backend = meeting.agree(wanted)
-        return ProcessGroups(meeting, self.backend, device)
+        host, port = self._store_address
+        if self._given_store is None and port is not None and self._members.rank_in_group == 0 and not self._own_store:
+            self._own_store = GroupStore.serve(_bound(host, port, self.label), self._timeout)
+        source = partial(self._open_store, self._own_store or self._given_store, release)
+        return partial(self._form, source, wanted, device, release)
 
-    def _open_store(self) -> Any:
-        if callable(self._given_store):
-            return self._given_store()
-        if self._given_store is not None:
-            return self._given_store
+    def _form(self, source: Callable[[], Any], wanted: str, device: torch.device, release: Release) -> _Formed:
+        from ray_shm.process_group import ProcessGroups
+        from ray_shm.rendezvous import MeetingStore, Rendezvous
+
+        store = source()
+        meeting = Rendezvous(
+            MeetingStore(_prefixed(store, self._name), release, self._timeout),
+            self.label,
+            self._members,
+            self._bind_host,
+            self._timeout,
+            release,
+        )
+        return _Formed(ProcessGroups(meeting, meeting.agree(wanted), device), store)
+
+    def _open_store(self, given: Any, release: Release) -> Any:
+        if callable(given):
+            return given()
+        if given is not None:
+            return given
         host, port = self._store_address
         if port is None:  # a group of one
             from torch.distributed import HashStore
 
             return HashStore()
-        if self._members.rank_in_group == 0:
-            self._own_store = GroupStore.serve(_bound(host, port, self.label), self._timeout)
-        else:
-            self._own_store = GroupStore.connect(host, port, self._timeout)
-        return self._own_store
+        return GroupStore.connect(host, port, self._timeout, cancel=release.requested)
+
+
+@dataclass(slots=True)
+class _Formed:
+    groups: ProcessGroups
+    store: Any
+
+    def close(self) -> None:
+        self.groups.close()
+        self.store = None
 
 
 def _prefixed(store: Any, name: str) -> Any:
@@ -182,3 +301,32 @@ def _bound(host: str, port: int, label: str) -> socket.socket:
             f"{label}: its first rank could not bind {host}:{port} for the store: {exc.strerror or exc}. Pass a free "
             "port of this node in group_ports, or a coord_store whose port was bound to 0 and held"
         ) from exc
+
+
+def store_port(members: Membership, group_ports: list[list[int]] | None, coord_store: Any) -> int | None:
+    """The port on which this group serves its own store; None if it is given one, or needs none."""
+    if coord_store is not None or (group_ports is None and members.world_size == 1):
+        if group_ports is not None:
+            raise ValueError("coord_store and group_ports are alternatives; pass one of them")
+        return None
+    if group_ports is None:
+        raise ValueError(
+            f"a group of {members.world_size} ranks has to meet somewhere: pass coord_store, or group_ports "
+            "with a port for each list of group_ranks"
+        )
+    ports = group_ports[members.index] if members.index < len(group_ports) else []
+    if not ports or not 0 < ports[-1] < 65536:
+        raise ValueError(
+            f"group_ports {group_ports}: list {members.index} has to end with the port of the store of ranks "
+            f"{list(members.ranks)}, 1 to 65535"
+        )
+    return ports[-1]
+
+
+def choose_device(backend: str, local_rank: int, device_index: int | None) -> torch.device:
+    import torch
+
+    if backend == "gloo" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    fitting = local_rank if 0 <= local_rank < torch.cuda.device_count() else 0
+    return torch.device("cuda", fitting if device_index is None else device_index)

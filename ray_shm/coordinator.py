@@ -7,8 +7,9 @@
               └─► ProcessGroups   gloo, and nccl where there are GPUs
 
 Runs in every worker. Importing this module imports no torch: a lazy coordinator that is never used costs nothing.
-A coordinator is used by one thread at a time, as torch's process groups are. It does not notice a peer that dies
-while this rank is not exchanging data with it; then the collective runs into its timeout.
+A coordinator is used by one thread at a time, as torch's process groups are; `operation`, `release` and `destroy` are
+for any thread. It does not notice a peer that dies while this rank is not exchanging data with it: the collective runs
+into its timeout, unless another thread releases it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ray_shm.connection import BACKENDS, TENSOR_TAG, GroupConnection
+from ray_shm.connection import BACKENDS, TENSOR_TAG, GroupConnection, choose_device, store_port
 from ray_shm.membership import Membership, Standing
 from ray_shm.store import GroupStore
 
@@ -31,7 +32,7 @@ class StatelessGroupCoordinator(Standing):
     """One group of ranks that exchange tensors and objects. Every member constructs it, with the same arguments.
 
     After a PeerLostError the group is gone on this rank, and its sockets are closed, so that peers that wait for
-    this rank raise too; form a new one under the next epoch. After `destroy()`, operations raise GroupClosedError.
+    this rank raise too; `reform` makes it usable again. After `destroy()`, operations raise GroupClosedError.
 
     Args:
         group_ranks: disjoint lists of global ranks; this rank joins the list that contains `global_rank`.
@@ -101,7 +102,6 @@ class StatelessGroupCoordinator(Standing):
         self.local_rank, self.global_world_size = local_rank, global_world_size
         self.group_name = group_name or "anonymous"
         self.epoch = epoch
-        self.unique_name = f"{self.group_name}/{epoch}/{self._members.index}"
         self.use_device_communicator = use_device_communicator
         self._device_index = device_index
         self._link = GroupConnection(
@@ -109,13 +109,22 @@ class StatelessGroupCoordinator(Standing):
             self.unique_name,
             torch_distributed_backend,
             store=coord_store,
-            store_address=(host, _store_port(self._members, group_ports, coord_store)),
+            store_address=(host, store_port(self._members, group_ports, coord_store)),
             bind_host=bind_host or host,
             timeout=timeout,
-            device=partial(_device, torch_distributed_backend, local_rank, device_index),
+            device=partial(choose_device, torch_distributed_backend, local_rank, device_index),
         )
         if not lazy:
             self._link.connect()
+
+    @property
+    def unique_name(self) -> str:
+        return f"{self.group_name}/{self.epoch}/{self._members.index}"
+
+    @property
+    def operation(self) -> str | None:
+        """What its thread is in at the moment, as "all_reduce" (forming the group for it included), or None."""
+        return self._link.operation
 
     # Torch's own handles; the first of these properties that is read connects a lazy group, but for `device`
 
@@ -127,7 +136,7 @@ class StatelessGroupCoordinator(Standing):
     @property
     def device(self) -> torch.device:
         """This rank's GPU, unless the backend is "gloo" or none is visible; then the CPU."""
-        return _device(self.backend, self.local_rank, self._device_index)
+        return choose_device(self.backend, self.local_rank, self._device_index)
 
     @property
     def device_group(self) -> ProcessGroup:
@@ -164,19 +173,24 @@ class StatelessGroupCoordinator(Standing):
         """
         if self.world_size == 1:
             return tensor
-        groups = self._link.groups or self._link.connect()
-        if op not in groups.reduce_options:
-            raise ValueError(f"all_reduce: op={op!r} is none of {', '.join(groups.reduce_options)}")
-        if tensor.requires_grad:
-            tensor = tensor.detach()
-        result = tensor.clone() if tensor.is_contiguous() else tensor.contiguous()
+        link = self._link
+        link.operation = "all_reduce"
         try:
-            groups.all_reduce(result, op)
-        except RuntimeError as exc:
-            if "Invalid scalar type" in str(exc):  # found by every member alike, before anything is sent
-                raise TypeError(f"all_reduce: gloo does not reduce {tensor.dtype}; convert the tensor") from exc
-            raise self._link.lost("all_reduce", exc) from exc
-        return result
+            groups = link.groups or link.connect("all_reduce")
+            if op not in groups.reduce_options:
+                raise ValueError(f"all_reduce: op={op!r} is none of {', '.join(groups.reduce_options)}")
+            if tensor.requires_grad:
+                tensor = tensor.detach()
+            result = tensor.clone() if tensor.is_contiguous() else tensor.contiguous()
+            try:
+                groups.all_reduce(result, op)
+            except RuntimeError as exc:
+                if "Invalid scalar type" in str(exc):  # found by every member alike, before anything is sent
+                    raise TypeError(f"all_reduce: gloo does not reduce {tensor.dtype}; convert the tensor") from exc
+                raise link.lost("all_reduce", exc) from exc
+            return result
+        finally:
+            link.operation = None
 
     def all_gather(self, tensor: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """The members' tensors, concatenated along `dim` in the order of `ranks`.
@@ -314,13 +328,51 @@ class StatelessGroupCoordinator(Standing):
         peer = self._members.peer((self.rank_in_group - 1) % self.world_size if src is None else src, "src")
         import torch
 
-        on_gpu = self._link.connect().nccl is not None
+        on_gpu = self._link.connect("recv").nccl is not None
         tensor = torch.empty(size, dtype=dtype, device=self.device if on_gpu else "cpu")
         if tensor.numel():
             self._link.run("recv", "recv", tensor.view(-1), peer, TENSOR_TAG)
         return tensor
 
-    # The end
+    # The end, and another beginning
+
+    def release(self, reason: str) -> bool:
+        """Ends the operation that this rank waits in, because a peer will not come. From any thread; waits for nothing.
+
+        The operation, or the forming of the group if it got no further, raises PeerLostError, and so does every later
+        one until `reform`; their text contains `reason`. Peers that wait for this rank raise as well. Only this
+        group's own connections end. A group that was released, lost or destroyed before stays as it is. Whoever uses
+        `cpu_group` or `device_group` by itself gets torch's own error, if any.
+
+        Args:
+            reason: for the error, as "rank 3 raised ValueError".
+
+        Returns:
+            Whether its thread was in an operation.
+        """
+        return self._link.release(reason)
+
+    def reform(
+        self, epoch: int, store: Store | GroupStore | Callable[[], GroupStore] | None = None, *, connect: bool = False
+    ) -> None:
+        """Starts the group afresh in this same object, whatever became of it. On the owner's thread, on every member.
+
+        The old connection's sockets and threads are freed. The group connects at its next operation.
+
+        Args:
+            epoch: another than the group was ever formed under on its store, and the same on every member.
+            store: replaces `coord_store` or `group_ports`, for good; needed once the process that served it is gone.
+            connect: connect now.
+
+        Raises:
+            GroupClosedError: after `destroy()`.
+            StartError: with `connect`, as the constructor.
+        """
+        name = f"{self.group_name}/{epoch}/{self._members.index}"
+        self._link.reform(name, store)
+        self.epoch = epoch
+        if connect:
+            self._link.connect("reform")
 
     def destroy(self) -> None:
         """Closes this rank's sockets and threads; peers that still use the group raise PeerLostError. Idempotent."""
@@ -341,35 +393,6 @@ class StatelessGroupCoordinator(Standing):
         )
 
 
-def _device(backend: str, local_rank: int, device_index: int | None) -> torch.device:
-    import torch
-
-    if backend == "gloo" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    fitting = local_rank if 0 <= local_rank < torch.cuda.device_count() else 0
-    return torch.device("cuda", fitting if device_index is None else device_index)
-
-
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
     """One-dimensional and contiguous: the same memory if `tensor` is contiguous, else a copy."""
     return tensor.detach().contiguous().view(-1)
-
-
-def _store_port(members: Membership, group_ports: list[list[int]] | None, coord_store: Any) -> int | None:
-    """The port on which this group serves its own store; None if it is given one, or needs none."""
-    if coord_store is not None or (group_ports is None and members.world_size == 1):
-        if group_ports is not None:
-            raise ValueError("coord_store and group_ports are alternatives; pass one of them")
-        return None
-    if group_ports is None:
-        raise ValueError(
-            f"a group of {members.world_size} ranks has to meet somewhere: pass coord_store, or group_ports "
-            "with a port for each list of group_ranks"
-        )
-    ports = group_ports[members.index] if members.index < len(group_ports) else []
-    if not ports or not 0 < ports[-1] < 65536:
-        raise ValueError(
-            f"group_ports {group_ports}: list {members.index} has to end with the port of the store of ranks "
-            f"{list(members.ranks)}, 1 to 65535"
-        )
-    return ports[-1]

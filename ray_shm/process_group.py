@@ -1,7 +1,8 @@
 """The torch process groups behind one coordinator group, made without torch's WORLD.
 
 Runs in every worker. Members meet under one prefix of a store: each writes the backend it can use, waits until all
-have, then connects gloo (CPU tensors and objects) and, where every member has a GPU, nccl (CUDA tensors).
+have (rendezvous.py), then connects gloo (CPU tensors and objects) and, where every member has a GPU, nccl (CUDA
+tensors).
 
     device_group   nccl for CUDA + gloo for CPU      (without GPUs: the same object as cpu_group)
     cpu_group      gloo for CPU
@@ -11,8 +12,10 @@ Imports torch: only `coordinator` imports this module, at the first use of a gro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import threading
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,11 +25,11 @@ from torch.distributed import (
     ProcessGroup,
     ProcessGroupGloo,
     ReduceOp,
-    Store,
 )
 
+from ray_shm import release
 from ray_shm.errors import StartError
-from ray_shm.membership import Membership
+from ray_shm.rendezvous import Rendezvous
 from ray_shm.store import first_line
 
 REDUCE_OPS = {"sum": ReduceOp.SUM, "product": ReduceOp.PRODUCT, "min": ReduceOp.MIN, "max": ReduceOp.MAX}
@@ -34,77 +37,26 @@ SUM_TAG = 2  # of the messages of a direct sum; see connection.py for the other 
 DIRECT_BYTES, DIRECT_RANKS = 32 << 10, 4  # up to here a sum over CPU tensors goes directly between all members
 DIRECT_DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64)
 _GLOO_THREADS = 2  # torch's own default; collectives of one group run one after the other
-
-
-@dataclass(frozen=True, slots=True)
-class Rendezvous:
-    """What the members need to meet.
-
-    Attributes:
-        store: under a prefix that no other group and no earlier epoch used.
-        label: the group in words, for errors.
-        bind_host: this rank's own address, on which gloo listens; unset, gloo would resolve the host name.
-        timeout: seconds, for the meeting and for every collective after it.
-    """
-
-    store: Store
-    label: str
-    members: Membership
-    bind_host: str
-    timeout: float
-
-    def agree(self, backend: str) -> str:
-        """Waits for all members; returns the backend that all use.
-
-        Args:
-            backend: "gloo", "nccl", or "auto:" and the GPU of this rank as `gpu_id` has it: settles on nccl if every
-                member has a GPU of its own (nccl refuses two ranks on one), else on gloo.
-
-        Raises:
-            StartError: members did not come, ask for different backends, or this rank was here before.
-        """
-        keys = [f"rank/{i}" for i in range(self.members.world_size)]
-        own = self.members.rank_in_group
-        if self.store.add(f"arrivals/{own}", 1) > 1:
-            raise StartError(f"{self.label} was formed before on this store; form it again under the next epoch")
-        self.store.set(keys[own], backend)
-        try:
-            self.store.wait(keys, timedelta(seconds=self.timeout))
-        except RuntimeError as exc:
-            raise StartError(self._absent(keys, exc)) from exc
-        return self._common([self.store.get(key).decode() for key in keys])
-
-    def _absent(self, keys: list[str], exc: RuntimeError) -> str:
-        try:
-            absent = [r for r, key in zip(self.members.ranks, keys, strict=True) if not self.store.check([key])]
-        except RuntimeError:
-            return f"{self.label} could not be formed: its store is gone ({first_line(exc)}). Is its process alive?"
-        return (
-            f"{self.label} could not be formed: global ranks {absent} did not come within {self.timeout} s. "
-            "Every member has to form the group (a lazy one: to use it), in the same order as its other groups"
-        )
-
-    def _common(self, backends: list[str]) -> str:
-        wanted = dict(zip(self.members.ranks, backends, strict=True))
-        fixed = {b for b in backends if not b.startswith("auto")}
-        if not fixed:
-            own_gpus = len(set(backends)) == len(backends) and "auto:" not in backends
-            return "nccl" if own_gpus else "gloo"
-        if len(fixed) > 1 or fixed != set(backends):
-            raise StartError(f"{self.label}: members ask for different backends, by global rank: {wanted}")
-        return fixed.pop()
+_LISTENER_TRIES = 100  # each fails only if another thread of this process begins to listen in the same 0.5 ms
+_making_device = threading.Lock()
 
 
 class ProcessGroups:
-    """The connected groups. `close` frees sockets and threads, unless the caller kept a reference to a group."""
+    """The connected groups. `close` frees sockets and threads, unless the caller kept a reference to a group.
+
+    Attributes:
+        sockets: gloo's connections to the other members; a release shuts them down, and so ends every operation.
+    """
 
     def __init__(self, meeting: Rendezvous, backend: str, device: torch.device) -> None:
         """Connects to every other member and returns when all have connected.
 
         Raises:
             StartError: a member could not be reached in time, or `bind_host` is no address of this node.
+            ReleasedError: released.
         """
         self.backend = backend
+        self.sockets: list[release.SocketRef] = []
         self._rank, self._size = meeting.members.rank_in_group, meeting.members.world_size
         self.reduce_options = {name: _reduce_options(op) for name, op in REDUCE_OPS.items()}
         self.cpu_group: Any = None
@@ -122,14 +74,45 @@ class ProcessGroups:
             ) from exc
 
     def _connect(self, meeting: Rendezvous, device: torch.device) -> None:
-        self.gloo = _gloo(meeting)
+        self._connect_gloo(meeting)
         self.cpu_group = _wrap(meeting, ProcessGroup.BackendType.GLOO, [("cpu", self.gloo)])
         self.device_group = self.cpu_group
         if self.backend == "nccl":
             self.nccl = _nccl(meeting, device)
+            meeting.release.on_request(self._abort_nccl)
             self.device_group = _wrap(meeting, ProcessGroup.BackendType.NCCL, [("cuda", self.nccl), ("cpu", self.gloo)])
         # The store may go away as soon as the first member returns, so none returns before all have connected.
         self.barrier()
+
+    def _connect_gloo(self, meeting: Rendezvous) -> None:
+        members = meeting.members
+        own = members.rank_in_group
+        before = release.open_sockets()
+        options = ProcessGroupGloo._Options()
+        options._timeout = timedelta(seconds=meeting.timeout)
+        options._threads = _GLOO_THREADS
+        device, address = _device(meeting)
+        options._devices = [device]
+        meeting.store.set(f"listener/{own}", f"{address[0]}|{address[1]}")
+        meeting.release.on_request(partial(self._knock, address, members.world_size))
+        self.gloo = ProcessGroupGloo(meeting.store, own, members.world_size, options)
+        listeners = [_address(meeting.store.get(f"listener/{r}")) for r in range(members.world_size) if r != own]
+        self.sockets = release.connections(release.open_sockets() - before, address, listeners)
+        meeting.release.on_request(self._shut_down)
+
+    def _knock(self, address: release.Address, size: int) -> None:
+        if self.gloo is None:  # its constructor may wait for a member to connect
+            release.knock(address, size)
+
+    def _shut_down(self) -> None:
+        for ref in self.sockets:
+            ref.shut_down()
+
+    def _abort_nccl(self) -> None:
+        """On a thread: `abort` may wait for the GPU, and whoever releases must not."""
+        nccl = self.nccl
+        if nccl is not None and hasattr(nccl, "abort"):
+            threading.Thread(target=nccl.abort, name="ray-shm-nccl-abort", daemon=True).start()
 
     # The operations on flat, contiguous tensors; a RuntimeError of theirs means that the groups are of no use any more.
     # No local variable keeps a backend: a traceback would keep its sockets open after `close`.
@@ -208,13 +191,30 @@ def _reduce_options(op: Any) -> Any:
     return options
 
 
-def _gloo(meeting: Rendezvous) -> Any:
-    options = ProcessGroupGloo._Options()
-    options._timeout = timedelta(seconds=meeting.timeout)
-    options._threads = _GLOO_THREADS
-    options._devices = [ProcessGroupGloo.create_device(hostname=meeting.bind_host)]
-    members = meeting.members
-    return ProcessGroupGloo(meeting.store, members.rank_in_group, members.world_size, options)
+def _device(meeting: Rendezvous) -> tuple[Any, release.Address]:
+    """What gloo listens with, and where: the one socket of this process that began to listen while it was made."""
+    for _ in range(_LISTENER_TRIES):
+        with _making_device:
+            before = release.open_sockets()
+            device = _listening(meeting.bind_host)
+            address = release.listening_address(release.open_sockets() - before)
+        if address is not None:
+            return device, address
+    raise StartError(
+        f"{meeting.label}: gloo's listening socket on {meeting.bind_host} could not be told from others, because other "
+        "threads of this process open listening sockets all the time; form the group before they begin"
+    )
+
+
+def _listening(host: str) -> Any:
+    with contextlib.suppress(TypeError):  # before torch 2.7 there is no such parameter, and nothing lazy
+        return ProcessGroupGloo.create_device(hostname=host, lazy_init=False)
+    return ProcessGroupGloo.create_device(hostname=host)
+
+
+def _address(text: bytes) -> release.Address:
+    host, _, port = text.decode().rpartition("|")
+    return host, int(port)
 
 
 def _nccl(meeting: Rendezvous, device: torch.device) -> Any:
@@ -223,7 +223,7 @@ def _nccl(meeting: Rendezvous, device: torch.device) -> Any:
     options = ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=meeting.timeout)
     members = meeting.members
-    nccl = ProcessGroupNCCL(meeting.store, members.rank_in_group, members.world_size, options)
+    nccl = ProcessGroupNCCL(meeting.store.inner, members.rank_in_group, members.world_size, options)
     nccl._set_sequence_number_for_group()
     if members.world_size > 1:
         nccl.eager_connect_single_device(device)
@@ -233,7 +233,7 @@ def _nccl(meeting: Rendezvous, device: torch.device) -> Any:
 def _wrap(meeting: Rendezvous, default: Any, backends: list[tuple[str, Any]]) -> Any:
     """A ProcessGroup that torch.distributed's functions accept as `group=`."""
     members = meeting.members
-    group = ProcessGroup(meeting.store, members.rank_in_group, members.world_size)
+    group = ProcessGroup(meeting.store.inner, members.rank_in_group, members.world_size)
     group._set_default_backend(default)
     kinds = {"cpu": ProcessGroup.BackendType.GLOO, "cuda": ProcessGroup.BackendType.NCCL}
     for device_type, backend in backends:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
@@ -34,8 +33,8 @@ _RETRY_SECONDS = 0.02  # between attempts to reach a server that does not listen
 class GroupStore:
     """One end of the store: the server with its own client, or a client. Made by `serve` or `connect`.
 
-    Several coordinator groups share one end, each under its own prefix. Waiting for a key occupies the end, so form
-    groups from one thread of a process at a time.
+    Several coordinator groups share one end, each under its own prefix; none keeps the others off it while it waits.
+    `close` takes it from nobody: a thread that waits at this end goes on until its key or its timeout comes.
     """
 
     def __init__(self, store: Store, host: str, port: int) -> None:
@@ -60,15 +59,17 @@ class GroupStore:
         return cls(_open_store(host, port, timeout, fd), host, port)
 
     @classmethod
-    def connect(cls, host: str, port: int, timeout: float = 300.0) -> GroupStore:
-        """Connects to a store, waiting up to `timeout` seconds for it to listen.
+    def connect(
+        cls, host: str, port: int, timeout: float = 300.0, *, cancel: threading.Event | None = None
+    ) -> GroupStore:
+        """Connects to a store, waiting up to `timeout` seconds for it to listen, or until `cancel` is set.
 
         Raises:
-            StartError: nothing listened there in time, or what listens is no store. Nothing remains, but for a
-                daemon thread if a stranger holds the connection open and says nothing.
+            StartError: nothing listened there in time, or what listens is no store, or cancelled. Nothing remains,
+                but for a daemon thread if a stranger holds the connection open and says nothing.
         """
         deadline = Deadline.after(timeout)
-        _await_listener(host, port, deadline)
+        _await_listener(host, port, deadline, cancel or threading.Event())
         return cls(_open_store(host, port, timeout, None, deadline), host, port)
 
     def prefix(self, name: str) -> Store:
@@ -107,7 +108,7 @@ def _listening_address(listener: socket.socket) -> tuple[str, int]:
     return str(host), int(port)
 
 
-def _await_listener(host: str, port: int, deadline: Deadline) -> None:
+def _await_listener(host: str, port: int, deadline: Deadline, cancel: threading.Event) -> None:
     """Returns once something accepts on host:port: TCPStore's own retries log a stack trace for each attempt."""
     while True:
         try:
@@ -119,7 +120,8 @@ def _await_listener(host: str, port: int, deadline: Deadline) -> None:
                     f"no coordinator store at {host}:{port}: tried to connect for {deadline.timeout} s, last answer: "
                     f"{exc}. Check that the process that serves it is alive and that this node reaches that address"
                 ) from exc
-        time.sleep(deadline.slice(_RETRY_SECONDS))
+        if cancel.wait(deadline.slice(_RETRY_SECONDS)):
+            raise StartError(f"connecting to the coordinator store at {host}:{port} was cancelled")
 
 
 def _open_store(host: str, port: int, timeout: float, listen_fd: int | None, deadline: Deadline | None = None) -> Store:

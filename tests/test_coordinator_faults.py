@@ -77,10 +77,13 @@ def test_store_shares_keys_by_prefix_and_frees_its_port(pool: Pool) -> None:
 
 
 def check_agreement(me: Rank, name: str, wanted: list[str]) -> str:
-    from ray_shm.process_group import Rendezvous
+    from ray_shm.release import Release
+    from ray_shm.rendezvous import MeetingStore, Rendezvous
 
     members = Membership.find([[0, 1, 2]], me.rank)
-    meeting = Rendezvous(me.store.prefix(name), "the group", members, "127.0.0.1", WATCHDOG)
+    release = Release()
+    store = MeetingStore(me.store.prefix(name), release, WATCHDOG)
+    meeting = Rendezvous(store, "the group", members, "127.0.0.1", WATCHDOG, release)
     try:
         return meeting.agree(wanted[me.rank])
     except StartError as exc:
