@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import socket
 import time
 import warnings
 import weakref
@@ -41,6 +42,7 @@ _FIRST_JUDGEMENT, _JUDGEMENT_EVERY = 0.1, 1.0  # s until, and between, the quest
 _FIRST_PROGRESS, _PROGRESS_EVERY = 2.0, 10.0  # s
 _SETTLE = 2.0  # s given to bundles that look taken: Ray's view lags, and a group just closed still shows
 _REMOVAL = 10.0  # s to wait for Ray to confirm a removal, which takes about 10 ms
+_HEAD_ANSWERS = 2.0  # s for a connection to it
 
 _logger = logging.getLogger(__name__)
 
@@ -374,6 +376,9 @@ def _remove(group: PlacementGroup, wait: bool = True) -> None:
     """Remove `group` if the Ray that has it still runs. Every Ray call here would start a new Ray otherwise."""
     confirmed = Deadline.after(_REMOVAL if wait else 0.0)
     try:
+        if ray.is_initialized() and not _gcs_answers():
+            _logger.warning("placement group %s: Ray's head has gone, and its placement groups with it", group.id.hex())
+            return
         if ray.is_initialized() and _exists(group):
             remove_placement_group(group)
         while ray.is_initialized() and not confirmed.expired() and _exists(group):
@@ -385,3 +390,13 @@ def _remove(group: PlacementGroup, wait: bool = True) -> None:
 def _exists(group: PlacementGroup) -> bool:
     """False also for a group of an earlier Ray."""
     return placement_group_table(group).get("state") not in (None, "REMOVED")
+
+
+def _gcs_answers() -> bool:
+    """Whether Ray's head listens. Calls to one that was killed block for a minute, and then end this process."""
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _HEAD_ANSWERS).close()
+    except OSError:
+        return False
+    return True
