@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     bench = commands.add_parser("bench", help="measure calls on this machine, beside their peers")
     kinds = bench.add_subparsers(dest="kind", required=True)
-    _add_rpc(kinds.add_parser("rpc", help="no-op collective_rpc beside Ray calls and a compiled graph"))
+    _add_rpc(kinds.add_parser("rpc", help="collective_rpc beside Ray calls, a compiled graph and Monarch"))
     _add_queue(kinds.add_parser("queue", help="MessageQueue beside pyzmq, pipes, iceoryx2 and a memcpy; needs no Ray"))
     options = parser.parse_args(argv)
     run = {"rpc": _bench_rpc, "queue": _bench_queue}[options.kind]
@@ -26,17 +26,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_rpc(rpc: argparse.ArgumentParser) -> None:
-    rpc.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N")
-    rpc.add_argument("--calls", type=int, default=2000, metavar="N", help="calls for each row (default: 2000)")
-    rpc.add_argument("--quick", action="store_true", help="1 and 2 workers, 200 calls: checks that it works")
-    rpc.add_argument("--json", action="store_true", help="one JSON object per row")
+    sections = ("noop", "paced", "hog", "pipelined", "sizes", "kill", "launch")
+    rpc.add_argument("--only", choices=sections, nargs="+", metavar="SECTION", help=f"of {' '.join(sections)}")
+    rpc.add_argument("--workers", type=_positive, nargs="+", metavar="N", help="of noop (default: 1 2 4 8)")
+    rpc.add_argument("--full", action="store_true", help="noop with 16 and 32 workers, too: takes a process for each")
+    rpc.add_argument("--payload", type=_size, nargs="+", metavar="SIZE", help="of sizes, such as 100B, 1MiB or 256MiB")
+    rpc.add_argument("--calls", type=_positive, metavar="N", help="for each row at most (default: 2000)")
+    rpc.add_argument("--seconds", type=float, help="for each row of calls, about (default: 4)")
+    rpc.add_argument("--kills", type=_positive, metavar="N", help="of each peer (default: 20)")
+    rpc.add_argument("--quick", action="store_true", help="2 workers, every section for a moment: checks that it works")
+    rpc.add_argument("--json", action="store_true", help="JSON lines: the machine, then a line per row as it is done")
 
 
 def _bench_rpc(options: argparse.Namespace) -> int:
-    from ray_shm.actors.rpc_bench import bench_rpc
+    from ray.exceptions import RayError
 
-    workers, calls = ([1, 2], 200) if options.quick else (options.workers, options.calls)
-    bench_rpc(workers, calls, options.json)
+    from ray_shm.actors.rpc_bench import FULL_WORKERS, QUICK, Plan, bench_rpc
+    from ray_shm.actors.rpc_report import Report
+    from ray_shm.errors import RayShmError
+
+    asked = {"sections": options.only, "workers": options.workers or (FULL_WORKERS if options.full else None)}
+    asked |= {"payloads": options.payload, "calls": options.calls, "seconds": options.seconds, "kills": options.kills}
+    plan = Plan(**(QUICK if options.quick else {}) | {name: value for name, value in asked.items() if value})
+    report = Report(options.json, plan.notes)
+    try:
+        bench_rpc(plan, report)
+    except KeyboardInterrupt:
+        print("ray-shm bench rpc: interrupted", file=sys.stderr)
+        return 130
+    except (RayShmError, RayError) as exc:
+        print(f"ray-shm bench rpc: {exc}", file=sys.stderr)
+        return 1
+    finally:
+        report.finish()
     return 0
 
 
@@ -71,7 +93,7 @@ def _positive(text: str) -> int:
 
 
 def _size(text: str) -> int:
-    from ray_shm.actors.queue_report import parse_size
+    from ray_shm.actors.bench_report import parse_size
 
     try:
         return parse_size(text)

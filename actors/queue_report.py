@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import importlib.util
-import json
-import os
-import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -18,10 +13,10 @@ from rich import progress as rich_progress
 from rich.console import Console
 from rich.table import Table
 
+from ray_shm.actors.bench_report import figure_text, machine, machine_text, print_line, size_text, table_console
 from ray_shm.actors.queue_peers import Cell
 
 _PACKAGES = ("ray-shm", "numpy", "pyzmq", "iceoryx2")
-_UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1))
 _LOOKS = {  # of each peer's line: color-blind safe colors (Okabe and Ito), floors in grey
     "ray-shm shm": ("#d55e00", "o", "-"),
     "ray-shm zmq": ("#0072b2", "o", "-"),
@@ -32,7 +27,6 @@ _LOOKS = {  # of each peer's line: color-blind safe colors (Okabe and Ito), floo
     "memcpy and sums": ("#555555", "x", "--"),
     "pipe ping-pong": ("#999999", None, ":"),
 }
-WIDTH = 126  # columns, of what does not go to a terminal
 NOTES = (
     "A call ends with the last reader's reply; GB/s is the payload, counted once per call, by the p50; CPU is user and "
     "system time per call, of the driver and all readers together. Floors: memcpy is one thread's copy of the payload "
@@ -83,62 +77,9 @@ class Idle:
     wake_ups_per_s_worst: float
 
 
-def parse_size(text: str) -> int:
-    """Bytes of "100B", "64KiB", "1 GiB" or "4096".
-
-    Raises:
-        ValueError: it is not such a text, or less than 1.
-    """
-    for unit, factor in _UNITS:
-        if text.lower().endswith(unit.lower()):
-            size = int(float(text[: -len(unit)]) * factor)
-            break
-    else:
-        size = int(text)
-    if size < 1:
-        raise ValueError(f"{text!r} is less than one byte")
-    return size
-
-
-def size_text(size: int) -> str:
-    """The inverse: "64 KiB"."""
-    unit, factor = next(pair for pair in _UNITS if size >= pair[1] or pair[1] == 1)
-    value = size / factor
-    return f"{value:.0f} {unit}" if value >= 1000 else f"{value:.4g} {unit}"
-
-
 def cell_text(payload_bytes: int, readers: int) -> str:
     """Such as "1 MiB to 8 readers"."""
     return f"{size_text(payload_bytes)} to {readers} reader{'s' * (readers > 1)}"
-
-
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    versions = {}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return {
-        "cpus": len(os.sched_getaffinity(0)),
-        "cpu": _cpu_model(),
-        "kernel": platform.release(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
-
-
-def _machine_text() -> str:
-    facts = machine()
-    return f"{facts['cpus']} CPUs, {facts['cpu']}, Linux {facts['kernel']}, Python {facts['python']}"
-
-
-def _cpu_model() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return "unknown"
 
 
 class Report:
@@ -151,29 +92,26 @@ class Report:
         self.idle: Idle | None = None
         self._notes = f"{NOTES} {'Readers sum the payload. ' if touch else ''}{warm_up}"
         if as_json:
-            self._line("machine", machine() | {"notes": self._notes})
+            print_line("machine", machine(_PACKAGES) | {"notes": self._notes})
 
     def add(self, rows: Sequence[Row]) -> None:
         self.rows += rows
         if self.as_json:
             for row in rows:
-                self._line("row", asdict(row))
+                print_line("row", asdict(row))
 
     def leave_out(self, left_out: LeftOut) -> None:
         self.left_out.append(left_out)
         if self.as_json:
-            self._line("left out", asdict(left_out))
+            print_line("left out", asdict(left_out))
 
     def finish(self) -> None:
         """Print what is not printed yet; also after a failure, with the rows so far."""
         if self.as_json:
             if self.idle is not None:
-                self._line("idle", asdict(self.idle))
+                print_line("idle", asdict(self.idle))
         elif self.rows:
-            console = Console()
-            if not console.is_terminal:  # a file or a pipe: as wide as the table
-                console = Console(width=WIDTH)
-            console.print(self._table(), *self._lines(), sep="\n")
+            table_console().print(self._table(), *self._lines(), sep="\n")
 
     @contextlib.contextmanager
     def progress(self, cells: int) -> Iterator[Progress]:
@@ -186,11 +124,8 @@ class Report:
         ) as bar:
             yield Progress(bar, cells)
 
-    def _line(self, kind: str, values: dict[str, Any]) -> None:
-        print(json.dumps({"kind": kind, **values}), flush=True)
-
     def _table(self) -> Table:
-        title = f"Call and reply over queue pairs: {_machine_text()}"
+        title = f"Call and reply over queue pairs: {machine_text()}"
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         for name in ("payload", "readers", "peer"):
             table.add_column(name, no_wrap=True)
@@ -210,7 +145,7 @@ class Report:
         ours = next(r for r in self.rows if (r.payload_bytes, r.readers) == (row.payload_bytes, row.readers))
         ratio = f"{row.p50_us / ours.p50_us:.2f}" if ours.peer.startswith("ray-shm") and row is not ours else ""
         speed = "" if row.gb_per_s is None else f"{row.gb_per_s:.2f}" if row.gb_per_s >= 0.01 else "<0.01"
-        p50, p90, p99, cpu = (_figure(value) for value in (row.p50_us, row.p90_us, row.p99_us, row.cpu_us))
+        p50, p90, p99, cpu = (figure_text(value) for value in (row.p50_us, row.p90_us, row.p99_us, row.cpu_us))
         return [row.peer, f"{row.calls:,}", p50, p90, p99, speed, cpu, ratio]
 
     def _lines(self) -> list[str]:
@@ -226,10 +161,6 @@ class Report:
                 f"{idle.wake_ups_per_s_worst:g} at most, {idle.wake_ups_per_s_driver:g} in the driver."
             )
         return lines
-
-
-def _figure(value: float) -> str:
-    return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
 
 
 class Progress:
@@ -287,7 +218,7 @@ def plot(rows: Sequence[Row], path: str) -> None:
         panel.set_xlabel("payload")
     for line in grid:
         line[0].set_ylabel("p50 of a call")
-    figure.suptitle(f"Call, and replies of all readers\n{_machine_text()}", fontsize=10)
+    figure.suptitle(f"Call, and replies of all readers\n{machine_text()}", fontsize=10)
     drawn = [panel.get_legend_handles_labels() for panel in panels]
     keys = {label: handle for handles, labels in drawn for handle, label in zip(handles, labels, strict=True)}
     names = [name for name in _LOOKS if name in keys]

@@ -19,7 +19,7 @@ import leaks
 import pytest
 
 from ray_shm.actors import cli, iceoryx_peer
-from ray_shm.actors.queue_report import parse_size, size_text
+from ray_shm.actors.bench_report import parse_size, size_text
 
 WATCHDOG = 100.0  # seconds; only a hang comes near
 HAS_ICEORYX = importlib.util.find_spec("iceoryx2") is not None
