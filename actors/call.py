@@ -9,25 +9,45 @@ import contextlib
 import copy
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from ray_shm.actors.wire import text_of
+from ray_shm.actors import wire
+from ray_shm.actors.comparison import require_equal
 from ray_shm.deadline import Deadline
 from ray_shm.errors import (
     GroupClosedError,
-    MismatchError,
+    RemoteError,
     RpcCancelledError,
     RpcError,
     RpcTimeoutError,
     WorkerDiedError,
 )
 
-FAILURE_GRACE = 2.0  # seconds that the other ranks get after one has raised; none after a death
-
+SHOWN_LATE = 8  # late ranks whose place and doing an error names
 UNIQUE_GRACE = 0.05  # seconds that others get to fail, too, after the one rank that was to reply has failed
 
+REDUCTIONS = ("equal", "min", "max", "sum")
 Reduce = str | Callable[[list[Any]], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class CallOptions:
+    """What all calls of a group have in common.
+
+    Attributes:
+        failure_grace: seconds that the other ranks get after one has raised; none after a death.
+        slow_call_warning: seconds until an awaited call is logged as slow, then after twice as long; None: never.
+        max_in_flight: calls under way at once; one more waits until one has ended.
+        where: rank → where it is and stands, in words.
+    """
+
+    failure_grace: float = 2.0
+    slow_call_warning: float | None = 10.0
+    max_in_flight: int = 10_000
+    where: Callable[[int], str] = str
 
 
 class Call:
@@ -36,7 +56,8 @@ class Call:
     Attributes:
         targets: ranks in the order asked for. missing: those without an outcome. reply_rank: the only rank whose
             result is wanted, or None. results, failures: rank → outcome. over: error that ended the call early.
-        done: nothing more will change. Set last.
+        done: nothing more will change. Set last. ready: a waiter has something to look at.
+        release_at: time.monotonic() when ranks that wait for a failed one are to be released.
     """
 
     __slots__ = (
@@ -48,13 +69,16 @@ class Call:
         "grace_at",
         "method",
         "missing",
+        "options",
         "over",
         "reduce",
+        "release_at",
         "reply_rank",
         "results",
         "since",
         "targets",
         "wakeup",
+        "warn_at",
     )
 
     def __init__(
@@ -65,6 +89,7 @@ class Call:
         reply_rank: int | None,
         reduce: Reduce | None,
         deadline: Deadline,
+        options: CallOptions,
     ) -> None:
         self.call_id = call_id
         self.method = method
@@ -73,14 +98,33 @@ class Call:
         self.reply_rank = reply_rank
         self.reduce = reduce
         self.deadline = deadline  # given with the call; a waiter may bring a shorter one
+        self.options = options
         self.results: dict[int, Any] = {}
         self.failures: dict[int, Exception] = {}
         self.over: Exception | None = None
         self.grace_at: float | None = None  # time.monotonic() when the wait for ranks after a failure ends
+        self.release_at: float | None = None
         self.since = time.monotonic()
+        self.warn_at = None if options.slow_call_warning is None else self.since + options.slow_call_warning
         self.done = False
         self.wakeup: threading.Event | None = None  # of a thread that waits while another one leads
         self.callbacks: list[Callable[[], object]] = []
+
+    @property
+    def ready(self) -> bool:
+        return self.done
+
+    def take(self, reply: wire.Reply) -> None:
+        """A rank's reply; unpickles it."""
+        if reply.status == wire.FAILED:
+            self.add_failure(reply.rank, reply.error())
+            return
+        try:
+            result = reply.result()
+        except Exception as exc:  # whatever the user's class raises while unpickling
+            self.add_failure(reply.rank, _unreadable(reply.rank, exc))
+        else:
+            self.add_result(reply.rank, result)
 
     def add_result(self, rank: int, result: Any) -> None:
         self.missing.discard(rank)
@@ -89,14 +133,16 @@ class Call:
             self.finish()
 
     def add_failure(self, rank: int, error: Exception) -> None:
-        """A death ends the call at once; an exception gives the others FAILURE_GRACE to come in."""
+        """A death ends the call at once; an exception gives the others the grace to come in."""
         self.missing.discard(rank)
         self.failures[rank] = error
         if not self.missing or isinstance(error, WorkerDiedError):
             self.finish()
         elif self.grace_at is None:
             # Where only this rank's reply was wanted, the others say nothing unless they fail.
-            self.grace_at = time.monotonic() + (FAILURE_GRACE if self.reply_rank != rank else UNIQUE_GRACE)
+            grace = self.options.failure_grace if self.reply_rank != rank else UNIQUE_GRACE
+            now = time.monotonic()
+            self.release_at, self.grace_at = now + grace / 2, now + grace
 
     def grace_is_over(self) -> bool:
         """Whether nothing more is awaited; ends the call when its grace has passed."""
@@ -133,35 +179,83 @@ class Call:
         if self.over is not None:
             raise copy.copy(self.over)  # the same exception raised twice would grow its traceback
         if self.failures:
-            raise RpcError(self._failure_text(), self.failures, sorted(self.missing))
+            raise self.failure()
         if self.reply_rank is not None:
             return self.results[self.reply_rank]
         results = [self.results[rank] for rank in self.targets]
         return results if self.reduce is None else reduce_results(self.reduce, results, self.targets)
 
-    def timeout_error(self, timeout: float | None, where: Callable[[int], str]) -> Exception:
-        """What to raise when a deadline came before the call was done; `where` describes a rank."""
-        if self.failures:
-            return RpcError(self._failure_text(), self.failures, sorted(self.missing))
+    def failure(self) -> RpcError:
+        """Some rank failed."""
         late = sorted(self.missing)
-        who = "; ".join(f"rank {r} ({where(r)})" for r in late)
-        replied = len(self.targets) - len(late)
+        where = {rank: self.options.where(rank) for rank in late[:SHOWN_LATE]}
+        what = f"call {self.call_id} {self.method!r}"
+        return RpcError(what, self.failures, late, targets=len(self.targets), late_where=where)
+
+    def timeout_error(self, timeout: float | None) -> Exception:
+        """What to raise when a deadline came before the call was done."""
+        if self.failures:
+            return self.failure()
+        late = sorted(self.missing)
         return RpcTimeoutError(
-            f"call {self.call_id} {self.method!r}: {replied}/{len(self.targets)} replied within {timeout} s; "
-            f"no reply from {who}. They go on, and their late replies will be dropped; the group stays usable.",
+            f"call {self.call_id} {self.method!r}: {self.progress()} after {timeout} s. "
+            "They go on, and their late replies will be dropped; the group stays usable.",
             late,
             self.results,
         )
 
-    def _failure_text(self) -> str:
-        lines = [
-            f"rank {rank}: {type(e).__name__}: {(text_of(e).splitlines() or [''])[0]}"
-            for rank, e in self.failures.items()
-        ]
-        late = f"; no outcome yet from ranks {sorted(self.missing)}" if self.missing else ""
-        return f"call {self.call_id} {self.method!r} failed on {len(lines)} of {len(self.targets)} ranks: " + (
-            " | ".join(lines) + late
-        )
+    def progress(self) -> str:
+        """How many have replied, and who has not."""
+        late = sorted(self.missing)
+        who = "; ".join(f"rank {r} ({self.options.where(r)})" for r in late[:SHOWN_LATE])
+        more = f"; and {len(late) - SHOWN_LATE} more" if len(late) > SHOWN_LATE else ""
+        return f"{len(self.targets) - len(late)}/{len(self.targets)} replied; no reply from {who}{more}"
+
+
+class StreamCall(Call):
+    """A call whose ranks send items before they end. Ends with the first failure.
+
+    Attributes:
+        items: (rank, item) as they came, not yet taken by the consumer.
+        on_news: called, by whoever leads, after each item; for a consumer that does not wait in a thread.
+    """
+
+    __slots__ = ("items", "on_news")
+
+    def __init__(
+        self, call_id: int, method: str, targets: Sequence[int], deadline: Deadline, options: CallOptions
+    ) -> None:
+        super().__init__(call_id, method, targets, None, None, deadline, options)
+        self.items: deque[tuple[int, Any]] = deque()
+        self.on_news: Callable[[], object] | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self.done or bool(self.items)
+
+    def take(self, reply: wire.Reply) -> None:
+        if reply.status != wire.ITEM:
+            super().take(reply)
+        else:
+            try:
+                self.items.append((reply.rank, reply.result()))
+            except Exception as exc:  # whatever the user's class raises while unpickling
+                self.add_failure(reply.rank, _unreadable(reply.rank, exc))
+            if self.wakeup is not None:
+                self.wakeup.set()
+        if self.on_news is not None:
+            self.on_news()
+
+    def add_failure(self, rank: int, error: Exception) -> None:
+        self.missing.discard(rank)
+        self.failures[rank] = error
+        self.finish()
+
+
+def _unreadable(rank: int, exc: Exception) -> RemoteError:
+    error = RemoteError(f"the result of rank {rank} cannot be unpickled here: {type(exc).__name__}: {exc}")
+    error.__cause__ = exc
+    return error
 
 
 def closed_error() -> GroupClosedError:
@@ -170,7 +264,7 @@ def closed_error() -> GroupClosedError:
 
 def cancelled_error(call: Call) -> RpcCancelledError:
     return RpcCancelledError(
-        f"call {call.call_id} {call.method!r} was cancelled by its caller; its replies are dropped"
+        f"call {call.call_id} {call.method!r} was cancelled by its caller; its workers were told to stop"
     )
 
 
@@ -183,40 +277,10 @@ def reduce_results(reduce: Reduce, results: list[Any], ranks: Sequence[int]) -> 
     if callable(reduce):
         return reduce(results)
     if reduce == "equal":
-        return _require_equal(results, ranks)
+        return require_equal(results, ranks)
     if reduce == "sum":
         total = results[0]
         for result in results[1:]:
             total = total + result
         return total
     return (min if reduce == "min" else max)(results)
-
-
-def _require_equal(results: list[Any], ranks: Sequence[int]) -> Any:
-    first = results[0]
-    different = [rank for rank, result in zip(ranks, results, strict=True) if not equal_values(first, result)]
-    if not different:
-        return first
-    shown = "; ".join(f"rank {rank}: {result!r:.200}" for rank, result in zip(ranks, results, strict=True))
-    raise MismatchError(
-        f"ranks {different} differ from rank {ranks[0]}: {shown}", dict(zip(ranks, results, strict=True))
-    )
-
-
-def equal_values(a: Any, b: Any) -> bool:
-    """Equality by value; element-wise for torch tensors, NumPy arrays and the usual containers of them."""
-    if type(a) is not type(b):
-        return bool(a == b) if not hasattr(a, "shape") and not hasattr(b, "shape") else False
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal_values(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(equal_values(x, y) for x, y in zip(a, b, strict=True))
-    if type(a).__module__.split(".")[0] == "torch" and hasattr(a, "untyped_storage"):
-        import torch
-
-        return bool(a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
-    equal = a == b
-    return bool(equal.all()) if hasattr(equal, "all") else bool(equal)
-
-
-REDUCTIONS = ("equal", "min", "max", "sum")

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ray_shm.actors.dispatcher import Dispatcher
 
 
+CALLBACK_THREAD = "ray_shm-callbacks"
 CLOSE_WAIT = 5.0  # seconds for a callback that runs while the group is closed
 
 
@@ -23,10 +24,17 @@ class CallbackServer:
         self._arrived: deque[Call] = deque()
         self._watched: list[Call] = []
         self._work = threading.Event()
-        self._current: Call | None = None
+        self.wakeup: threading.Event | None = threading.Event()  # what it sleeps on while it follows; lead.Awaited
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="ray_shm-callbacks", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=CALLBACK_THREAD, daemon=True)
+
+    def start(self) -> None:
         self._thread.start()
+
+    @property
+    def ready(self) -> bool:
+        """What it follows for is the lead, and news."""
+        return self.has_news()
 
     def is_this_thread(self) -> bool:
         return threading.current_thread() is self._thread
@@ -47,10 +55,9 @@ class CallbackServer:
 
     def _kick(self) -> None:
         self._work.set()
-        self._dispatcher.bell.ring()  # where this thread leads
-        current = self._current
-        if current is not None and current.wakeup is not None:  # where it follows
-            current.wakeup.set()
+        self._dispatcher.lead.bell.ring()  # where this thread leads
+        if self.wakeup is not None:  # where it follows
+            self.wakeup.set()
 
     def _run(self) -> None:
         while not self._closed:
@@ -66,13 +73,7 @@ class CallbackServer:
             if not self._watched:
                 return
             current = min(self._watched, key=lambda c: float("inf") if c.deadline.at is None else c.deadline.at)
-            if current.wakeup is None:
-                current.wakeup = threading.Event()
-            self._current = current
-            if self._arrived:
-                continue
             try:
                 self._dispatcher.wait_once(current, current.deadline)
             except Exception as exc:  # the deadline came: whoever holds the future gets it from there
                 current.give_up(exc)
-            self._current = None

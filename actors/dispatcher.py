@@ -2,74 +2,151 @@
 
     caller -> submit -> request queue (one, to all ranks)        worker -> reply queue (one per rank) -> drain -> Call
 
-Whoever waits leads: it sleeps on one word, the bell, and drains every reply queue when that rings, completing other
-threads' calls too. The others sleep on an event until their call is done or the lead is theirs. Waiters that never
-call in (asyncio, callbacks) are served by one lazily started thread, which hands the lead to whoever calls.
+Whoever waits leads (lead.py): it sleeps on one word, the bell, and drains every reply queue when that rings, completing
+other threads' calls too. Waiters that never call in (asyncio, callbacks) are served by one lazily started thread.
 
 Everything that a leader must notice rings the bell: workers after each request, the reader of remote replies, the
-death watch, and close.
+death watch, and close. A client of a driver actor has a dispatcher, too; its one "worker" is the actor, which relays.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import logging
 import mmap
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from ray_shm.actors import wire
-from ray_shm.actors.call import Call, Reduce, cancelled_error, closed_error
+from ray_shm.actors.call import Call, CallOptions, Reduce, StreamCall, cancelled_error, closed_error
 from ray_shm.actors.callback_server import CallbackServer
-from ray_shm.actors.remote_replies import RemoteReplies
+from ray_shm.actors.lead import Lead
 from ray_shm.deadline import Deadline
-from ray_shm.errors import PeerLostError, QueueClosedError, RemoteError, RpcError, RpcTimeoutError, WorkerDiedError
+from ray_shm.errors import PeerLostError, QueueClosedError, RpcError, RpcTimeoutError, WorkerDiedError
 from ray_shm.futex import Word
 from ray_shm.queue_reader import QueueReader
-from ray_shm.queue_writer import QueueWriter
 from ray_shm.ring import Bell, Buffer
-from ray_shm.waiting import Waiter
+
+logger = logging.getLogger("ray_shm")
 
 _YIELD = 0.001  # seconds that the callback thread leaves a caller to take the lead from it
+_AT_ONCE = Deadline.after(0)
+
+
+class Outbox(Protocol):
+    """Where requests go: a QueueWriter, or the way to a driver actor."""
+
+    @property
+    def bell(self) -> Bell | None: ...
+
+    def send(
+        self, frames: Sequence[Buffer], deadline: Deadline = ..., on_wait: Callable[[], object] | None = None
+    ) -> None: ...
+
+    def drop(self, rank: int) -> None: ...
+
+
+class Source(Protocol):
+    """Where replies come from besides shared memory; rings the bell when there are some."""
+
+    def take(self) -> Iterator[list[memoryview]]: ...
+
+    def close(self) -> None: ...
 
 
 class Dispatcher:
-    """Calls in flight from one driver process to one group of workers. Any thread may call in.
+    """Calls in flight from one process to one group of workers. Any thread may call in.
 
     Args:
-        requests: queue to all ranks. replies: rank → that rank's reply queue. where: rank → its node and pid, in words.
+        requests: to all ranks. control: to all ranks' control threads. replies: queues in shared memory, by rank.
+        first_id: of the calls. bell: what to sleep on where `requests` has none.
+
+    Attributes:
+        calls: sent so far. dropped: replies that nobody waited for any more.
+        before_call: called before each call is sent, while it is set; see release.py.
+        await_heal: called before a call to a dead rank is refused; waits for its replacement, as long as the call may.
+        on_failure: called with a call of which ranks failed while others are still awaited, by the leader.
+        on_late_failure: called with a failure that nobody waited for any more, by the leader.
+        on_cancel: called with a call that was cancelled while ranks were still in it, by whatever thread did that.
+        on_news: called with what a driver actor tells its clients, by the leader.
+        on_death: called with each death once the calls know of it, by the leader.
     """
 
     def __init__(
-        self, requests: QueueWriter, replies: Mapping[int, QueueReader], where: Callable[[int], str], epoch: int = 0
+        self,
+        requests: Outbox,
+        control: Outbox,
+        replies: Mapping[int, QueueReader],
+        world_size: int,
+        options: CallOptions,
+        *,
+        first_id: int = 1,
+        bell: Bell | None = None,
     ) -> None:
-        self.epoch = epoch
-        self.world_size = len(replies)
+        self.epoch = 0
+        self.world_size = world_size
+        self.options = options
         self._requests = requests
-        self._local = [(rank, r.shm.ring.readable, r) for rank, r in replies.items() if r.shm is not None]
-        self._where = where
-        self._every_rank = range(self.world_size)
+        self._control = control
+        self._local: list[tuple[int, Callable[[], bool], QueueReader]] = []
+        self._sources: list[Source] = []
+        self._polls: list[Callable[[], object]] = []
+        self._every_rank = range(world_size)
         self._pending: dict[int, Call] = {}
-        self._next_id = 0
+        self._ids = itertools.count(first_id)
+        self.calls = 0
         self._refusing = False  # new calls
         self._closed = False
+        self.dropped = 0
         self._dead: dict[int, WorkerDiedError] = {}
         self._deaths: deque[WorkerDiedError] = deque()  # reported, and not yet told to the calls
-        self.bell = requests.bell or _private_bell()
-        remote = {rank: reader for rank, reader in replies.items() if reader.zmq is not None}
-        self._remote = RemoteReplies(remote, self.bell.ring) if remote else None
-        self._mutex = threading.Lock()  # guards the fields below, the pending table and the call ids
-        self._leading = False
-        self._leader: int | None = None  # its thread
+        self.before_call: Callable[[Deadline], None] | None = None
+        self.await_heal: Callable[[Deadline], None] | None = None
+        self.on_failure: Callable[[Call], None] | None = None
+        self.on_late_failure: Callable[[wire.Reply], None] | None = None
+        self.on_cancel: Callable[[Call], None] | None = None
+        self.on_news: Callable[[Any], None] | None = None
+        self.on_death: Callable[[WorkerDiedError], None] | None = None
+        self._fatal: Exception | None = None
+        self.lead = Lead(requests.bell or bell or _private_bell())
         self._finished: deque[Call] = deque()  # calls whose callbacks are due, once the lead is given back
-        self._followers: list[Call] = []
-        self._waiter = Waiter()  # the leader's
         self._lost: set[int] = set()  # ranks whose reply queue cannot be read any more; the leader's
         self._failed: list[Call] = []  # calls with a failure whose other ranks still have time; the leader's
         self._server: CallbackServer | None = None
-        self.yield_lead = False  # a caller waits while the callback thread leads
+        self._mutex = threading.Lock()  # guards the making of the callback server
+        for rank, reader in replies.items():
+            self._read_from(rank, reader)
+
+    # ---- what a group consists of ---------------------------------------------------------------------------------
+
+    def add_source(self, source: Source) -> None:
+        """Read replies from `source`, too, and close it at the end."""
+        self._sources.append(source)
+
+    def add_poll(self, poll: Callable[[], object]) -> None:
+        """Have whoever leads call `poll` at every look; short, and never waiting."""
+        self._polls.append(poll)
+
+    def readmit(self, rank: int, reader: QueueReader | None) -> None:
+        """A new process has taken a dead rank's place; `reader`: its reply queue, if that is in shared memory."""
+        with self.lead.held():
+            self._drain()  # nobody may have led since: the old process's death is not to be told of the new one
+            self._local = [entry for entry in self._local if entry[0] != rank]
+            if reader is not None:
+                self._read_from(rank, reader)
+            self._lost.discard(rank)
+            self._dead.pop(rank, None)
+        self._run_callbacks()
+
+    def _read_from(self, rank: int, reader: QueueReader) -> None:
+        if reader.shm is not None:
+            self._local.append((rank, reader.shm.ring.readable, reader))
+
+    # ---- calls ----------------------------------------------------------------------------------------------------
 
     def submit(
         self,
@@ -80,8 +157,9 @@ class Dispatcher:
         reply_rank: int | None,
         reduce: Reduce | None,
         deadline: Deadline,
+        at_once: bool = False,
     ) -> Call:
-        """Send a call; `targets` None means all ranks.
+        """Send a call; `targets` None means all ranks. `at_once`: RpcTimeoutError rather than to wait for anything.
 
         Raises:
             GroupClosedError. ValueError: a Scatter of the wrong length. TypeError and others: pickling failed.
@@ -89,28 +167,109 @@ class Dispatcher:
             StartError: no memory for a large argument; nothing was sent.
         """
         ranks = self._every_rank if targets is None else targets
-        name = method if isinstance(method, str) else getattr(method, "__qualname__", repr(method))
-        with self._mutex:
-            if self._refusing:
-                raise closed_error()
-            call_id = self._next_id = self._next_id + 1
-        call = Call(call_id, name, ranks, reply_rank, reduce, deadline)
+        call = Call(next(self._ids), _name(method), ranks, reply_rank, reduce, deadline, self.options)
         only = wire.EVERY_RANK if reply_rank is None else reply_rank
-        frames = wire.encode_call(call_id, self.epoch, method, args, kwargs, targets, len(ranks), only)
-        self._pending[call_id] = call  # before the look at the dead: a death from now on is told to this call
+        frames = wire.encode_call(call.call_id, self.epoch, method, args, kwargs, targets, len(ranks), only)
+        self._send(call, frames, _AT_ONCE if at_once else deadline)
+        return call
+
+    def submit_stream(
+        self,
+        method: wire.Method,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        targets: Sequence[int] | None,
+        deadline: Deadline,
+    ) -> StreamCall:
+        """Send a call whose items are wanted. Raises as `submit`."""
+        ranks = self._every_rank if targets is None else targets
+        call = StreamCall(next(self._ids), _name(method), ranks, deadline, self.options)
+        frames = wire.encode_call(
+            call.call_id, self.epoch, method, args, kwargs, targets, len(ranks), wire.EVERY_RANK, wire.STREAM
+        )
+        self._send(call, frames, deadline)
+        return call
+
+    def submit_order(self, kind: int, name: str, payload: object, targets: Sequence[int], deadline: Deadline) -> Call:
+        """Send a request of the library's own, through the request queue (REFORM) or the control queue. Raises as
+        `submit`."""
+        call = Call(next(self._ids), name, targets, None, None, deadline, self.options)
+        frames = wire.encode_order(kind, call.call_id, self.epoch, targets, payload)
+        self._post(call, frames, deadline, self._requests if kind == wire.REFORM else self._control)
+        return call
+
+    def tell(self, kind: int, call_id: int, targets: Sequence[int] | None, payload: object) -> bool:
+        """Tell control threads something that has no reply. False if there is no room: a rank has not listened."""
+        try:
+            self._control.send(wire.encode_order(kind, call_id, self.epoch, targets, payload), _AT_ONCE)
+        except (TimeoutError, QueueClosedError, PeerLostError):
+            return False
+        return True
+
+    def forward(self, call: Call, frames: Sequence[Buffer], to_control: bool) -> None:
+        """Send frames that somebody else made for `call`, without waiting. Raises as `submit`."""
+        self._post(call, frames, _AT_ONCE, self._control if to_control else self._requests)
+
+    def new_id(self) -> int:
+        return next(self._ids)
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._pending)
+
+    @property
+    def refusing(self) -> bool:
+        return self._refusing
+
+    def _send(self, call: Call, frames: Sequence[Buffer], deadline: Deadline) -> None:
+        if self._refusing:
+            raise closed_error()
+        if self.before_call is not None:
+            if deadline is _AT_ONCE:
+                raise RpcTimeoutError(
+                    f"call {call.call_id} {call.method!r} was not sent: groups are being formed again"
+                )
+            self.before_call(deadline)
+        if len(self._pending) >= self.options.max_in_flight:
+            self._await_room(call, deadline)
+        self._post(call, frames, deadline, self._requests)
+
+    def _post(self, call: Call, frames: Sequence[Buffer], deadline: Deadline, outbox: Outbox) -> None:
+        if self._closed:
+            raise closed_error()
+        if self._dead and self.await_heal is not None and any(rank in self._dead for rank in call.targets):
+            self.await_heal(deadline)  # not pending yet: the death that it waits out is none of its own
+        self.calls += 1
+        self._pending[call.call_id] = call  # before the look at the dead: a death from now on is told to this call
         try:
             if self._dead:
                 self._require_alive(call)
-            self._requests.send(frames, deadline, self.drain_if_free)
+            outbox.send(frames, deadline, self.drain_if_free)
             if self._closed:
                 raise closed_error()
         except BaseException as exc:
-            self._pending.pop(call_id, None)
+            self._pending.pop(call.call_id, None)
             translated = self._translated(exc, call, deadline)
             if translated is exc:
                 raise
             raise translated from exc
-        return call
+
+    def _await_room(self, call: Call, deadline: Deadline) -> None:
+        """Until fewer than max_in_flight calls are under way."""
+        while len(self._pending) >= self.options.max_in_flight:
+            with contextlib.suppress(StopIteration, RuntimeError):  # it changes meanwhile
+                self._turn(next(iter(self._pending.values())), deadline)
+            self._run_callbacks()
+            if deadline.expired():
+                raise RpcTimeoutError(
+                    f"call {call.call_id} {call.method!r} was not sent within {deadline.timeout} s: "
+                    f"{len(self._pending)} calls are under way, and max_in_flight={self.options.max_in_flight}",
+                    sorted(call.missing),
+                )
+            if self._closed:
+                raise closed_error()
+
+    # ---- waiting --------------------------------------------------------------------------------------------------
 
     def wait(self, call: Call, deadline: Deadline) -> None:
         """Until `call` is done. Whatever ends the wait early, the call is then forgotten: its replies are dropped.
@@ -122,28 +281,31 @@ class Dispatcher:
             self.wait_once(call, deadline)
 
     def wait_once(self, call: Call, deadline: Deadline) -> None:
-        """One turn at leading or following; may end before the call is done. Raises as `wait`."""
+        """One turn at leading or following; may end before the call is ready. Raises as `wait`."""
+        until = self._next_look(call, deadline)
         try:
-            if self._take_lead(call):
-                try:
-                    self._lead(call, deadline)
-                finally:
-                    asked = self.yield_lead
-                    self._give_lead()
-                if asked and self._server is not None and self._server.is_this_thread():
-                    time.sleep(_YIELD)
-            elif call.wakeup is not None and not call.done:  # done is set before wakeup is looked at
-                self._follow(call, call.wakeup, deadline)
+            self._turn(call, until)
         except BaseException:  # Ctrl-C
-            if self._leader == threading.get_ident():  # it came on the way into the lead, or out of it
-                self._give_lead()
-            self.forget(call)
-            call.give_up(cancelled_error(call))
+            if self.lead.is_mine():  # it came on the way into the lead, or out of it
+                self.lead.give()
+            self.abandon(call, cancelled_error(call))
             raise
         self._run_callbacks()
-        if not call.done and deadline.expired():
+        if call.done or (call.ready and not self._is_server()):
+            return
+        if call.warn_at is not None and until is not deadline and time.monotonic() >= call.warn_at:
+            self._warn_slow(call)
+        if deadline.expired():
             self.forget(call)
-            raise call.timeout_error(deadline.timeout, self._where)
+            raise call.timeout_error(deadline.timeout)
+
+    def _next_look(self, call: Call, deadline: Deadline) -> Deadline:
+        """Until when to wait next: the deadline, or earlier where the call needs a look before."""
+        at = call.warn_at
+        if call.grace_at is not None:
+            grace = call.grace_at if call.release_at is None else call.release_at
+            at = grace if at is None else min(at, grace)
+        return deadline if at is None or (deadline.at is not None and deadline.at <= at) else Deadline(at, None)
 
     def poll(self, call: Call) -> bool:
         """Whether `call` is done, after a look at what has arrived."""
@@ -151,15 +313,14 @@ class Dispatcher:
             self.drain_if_free()
         if not call.done and call.deadline.expired():
             self.forget(call)
-            call.give_up(call.timeout_error(call.deadline.timeout, self._where))
+            call.give_up(call.timeout_error(call.deadline.timeout))
         return call.done
 
-    def cancel(self, call: Call) -> bool:
-        """Give a call up: its replies will be dropped. False if it was done before."""
+    def cancel(self, call: Call, error: Exception | None = None) -> bool:
+        """End a call here and on its workers: its replies will be dropped. False if it was done before."""
         if self.poll(call):
             return False
-        self.forget(call)
-        call.give_up(cancelled_error(call))
+        self.abandon(call, error or cancelled_error(call))
         return True
 
     def forget(self, call: Call) -> None:
@@ -171,107 +332,69 @@ class Dispatcher:
         if call.done:
             call.run_callbacks()
             return
+        self.serve(call)
+
+    def serve(self, call: Call) -> None:
+        """Have the callback thread wait for `call`, as if it had called."""
         with self._mutex:
             if self._server is None:
                 self._server = CallbackServer(self)
+                self._server.start()
         self._server.watch(call)
 
-    def report_death(self, death: WorkerDiedError) -> None:
-        """A worker is gone. From any thread; the first report for a rank counts."""
-        if death.rank in self._dead:
+    def abandon(self, call: Call, error: Exception) -> None:
+        """Nobody wants the call any more: its workers are told, and it ends here."""
+        self.forget(call)
+        self.abandon_rest(call)
+        call.give_up(error)
+
+    def abandon_rest(self, call: Call) -> None:
+        """Cancel `call` on the ranks that are still in it."""
+        missing = sorted(call.missing - self._dead.keys())
+        if missing and not self._closed:
+            told = self.tell(wire.CANCEL, call.call_id, missing, [(call.call_id, "its caller gave it up")])
+            if not told:
+                logger.warning("call %d %r: ranks %s could not be told to stop", call.call_id, call.method, missing)
+            if self.on_cancel is not None:
+                self.on_cancel(call)
+
+    def _warn_slow(self, call: Call) -> None:
+        now = time.monotonic()
+        seconds = now - call.since
+        call.warn_at = now + seconds
+        logger.warning("call %d %r: %s after %.0f s", call.call_id, call.method, call.progress(), seconds)
+
+    def _is_server(self) -> bool:
+        return self._server is not None and self._server.is_this_thread()
+
+    def _turn(self, call: Call, deadline: Deadline) -> None:
+        server = self._server
+        if server is not None and server.is_this_thread():
+            self._turn_of_server(call, deadline, server)
+        elif self.lead.take_or_follow(call, server is not None):
+            try:
+                self.lead.sleep(lambda: self._look() or call.ready, deadline)
+            finally:
+                self.lead.give()
+        else:
+            self.lead.follow(call, deadline)
+
+    def _turn_of_server(self, call: Call, deadline: Deadline, server: CallbackServer) -> None:
+        if not self.lead.take_or_follow(server, False):
+            self.lead.follow(server, deadline)
             return
-        self._dead[death.rank] = death
-        self._requests.drop(death.rank)
-        self._deaths.append(death)
-        self.bell.ring()
+        try:
+            self.lead.sleep(lambda: self._look() or call.done or self.lead.wanted or server.has_news(), deadline)
+        finally:
+            asked = self.lead.wanted
+            self.lead.give()
+        if asked:
+            time.sleep(_YIELD)
 
-    @property
-    def dead(self) -> Mapping[int, WorkerDiedError]:
-        return self._dead
-
-    def send_stop(self, deadline: Deadline) -> None:
-        """Ask every worker to end its loop after the calls sent so far. Raises as QueueWriter.send."""
-        self._requests.send(wire.encode_stop(self.epoch), deadline, self.drain_if_free)
-
-    def refuse_calls(self) -> None:
-        """From now on `submit` raises GroupClosedError. Calls in flight go on."""
-        self._refusing = True
-
-    def close(self) -> None:
-        """Fail what is still pending with GroupClosedError, and free the threads. Idempotent."""
-        self._refusing = self._closed = True
-        for call in list(self._pending.values()):
-            call.give_up(closed_error())
-        self._pending.clear()
-        self.bell.ring()
-        if self._server is not None:
-            self._server.close()
-        if self._remote is not None:
-            self._remote.close()
-        self._local = []  # with the bell, what would keep the memory mapped
-        self.bell = _private_bell()
-
-    def _require_alive(self, call: Call) -> None:
-        dead = {rank: self._dead[rank] for rank in call.targets if rank in self._dead}
-        if dead:
-            late = [rank for rank in call.targets if rank not in dead]
-            text = " | ".join(str(e) for e in dead.values())
-            raise RpcError(f"call {call.call_id} {call.method!r} was not sent: {text}", dead, late)
-
-    def _translated(self, exc: BaseException, call: Call, deadline: Deadline) -> BaseException:
-        if isinstance(exc, QueueClosedError):
-            return closed_error()
-        if isinstance(exc, PeerLostError) and exc.ranks:
-            lost: dict[int, Exception] = dict.fromkeys(exc.ranks, exc)
-            text = f"call {call.call_id} {call.method!r} did not reach all ranks: {exc}"
-            return RpcError(text, lost, sorted(call.missing - lost.keys()))
-        if isinstance(exc, TimeoutError) and not isinstance(exc, RpcTimeoutError):
-            return RpcTimeoutError(f"call {call.call_id} {call.method!r} was not sent: {exc}", sorted(call.missing))
-        return exc
-
-    def _take_lead(self, call: Call) -> bool:
-        with self._mutex:
-            if not self._leading:
-                self._leader = threading.get_ident()
-                self._leading = True
-                return True
-            if call.wakeup is None:
-                call.wakeup = threading.Event()
-            self._followers.append(call)
-            ask = self._server is not None and not self._server.is_this_thread()
-        if ask:
-            self.yield_lead = True
-            self.bell.ring()
-        return False
-
-    def _give_lead(self) -> None:
-        with self._mutex:
-            self._leading = False
-            self._leader = None
-            self.yield_lead = False
-            followers, self._followers = self._followers, []
-        for call in followers:  # one of them takes the lead, the others follow it
-            if call.wakeup is not None:
-                call.wakeup.set()
-
-    def _lead(self, call: Call, deadline: Deadline) -> None:
-        server = self._server if self._server is not None and self._server.is_this_thread() else None
-
-        def ready() -> bool:
-            self._drain()
-            if call.done or self._finished:
-                return True
-            return server is not None and (self.yield_lead or server.has_news())
-
-        self._waiter.wait(ready, self.bell.word, deadline)
-
-    def _follow(self, call: Call, wakeup: threading.Event, deadline: Deadline) -> None:
-        wakeup.wait(deadline.remaining())
-        wakeup.clear()
-        if call.done:
-            wakeup.set()  # for others that wait for the same call
-        with self._mutex, contextlib.suppress(ValueError):
-            self._followers.remove(call)
+    def _look(self) -> bool:
+        """Drain; whether the lead has to be given back whatever this thread waits for."""
+        self._drain()
+        return bool(self._finished) or self.lead.claimed
 
     def _run_callbacks(self) -> None:
         """Of the calls that ended while this thread led; never while it leads."""
@@ -279,25 +402,18 @@ class Dispatcher:
             with contextlib.suppress(IndexError):
                 self._finished.popleft().run_callbacks()
 
-    def _settle(self, call: Call) -> None:
-        """A call has just ended."""
-        self.forget(call)
-        if call.callbacks:
-            self._finished.append(call)
+    # ---- replies --------------------------------------------------------------------------------------------------
 
     def drain_if_free(self) -> None:
         """Drain unless another thread leads, and so drains. Called while a full request queue is awaited, too."""
         if self._closed:
             raise closed_error()
-        with self._mutex:
-            if self._leading:
-                return
-            self._leader = threading.get_ident()
-            self._leading = True
+        if not self.lead.take():
+            return
         try:
             self._drain()
         finally:
-            self._give_lead()
+            self.lead.give()
         self._run_callbacks()
 
     def _drain(self) -> None:
@@ -305,18 +421,20 @@ class Dispatcher:
         for rank, readable, reader in self._local:
             while readable() and rank not in self._lost and (frames := self._next_frames(rank, reader)) is not None:
                 try:
-                    self._accept(rank, frames, reader.owned)
+                    self._accept(frames, reader.owned)
                 finally:
                     reader.release()
-        if self._remote is not None:
-            for rank, frames in self._remote.take():
-                self._accept(rank, frames, owned=True)
+        for source in self._sources:
+            for frames in source.take():
+                self._accept(frames, True)
         if self._failed:
-            for call in [c for c in self._failed if c.grace_is_over()]:
-                self._failed.remove(call)
-                self._settle(call)
+            self._look_at_failed()
         while self._deaths:  # after the replies: what a worker had answered before it died counts
             self._tell_death(self._deaths.popleft())
+        for poll in self._polls:
+            poll()
+        if self._fatal is not None:
+            self._end_all(self._fatal)
 
     def _next_frames(self, rank: int, reader: QueueReader) -> list[memoryview] | None:
         try:
@@ -325,34 +443,132 @@ class Dispatcher:
             self._lost.add(rank)
             return None
 
-    def _accept(self, rank: int, frames: Sequence[Buffer], owned: bool = False) -> None:
+    def _accept(self, frames: Sequence[Buffer], owned: bool) -> None:
         reply = wire.decode_reply(frames, owned)
+        if reply.status == wire.NEWS:
+            if self.on_news is not None:
+                self.on_news(reply.result())
+            return
         call = self._pending.get(reply.call_id)
-        if call is None or reply.epoch != self.epoch or call.done:
-            return  # nobody waits for it: the call timed out, was cancelled, or has failed already
-        if reply.status == wire.OK:
-            try:
-                result = reply.result()
-            except Exception as exc:  # whatever the user's class raises while unpickling
-                error = RemoteError(f"the result of rank {rank} cannot be unpickled here: {type(exc).__name__}: {exc}")
-                error.__cause__ = exc
-                call.add_failure(rank, error)
-            else:
-                call.add_result(rank, result)
-        else:
-            call.add_failure(rank, reply.error())
+        if call is None or call.done:
+            self.dropped += 1  # nobody waits for it: the call timed out, was cancelled, or has failed already
+            if reply.status == wire.FAILED and self.on_late_failure is not None:
+                self.on_late_failure(reply)
+            return
+        call.take(reply)
         if call.done:
             self._settle(call)
         elif call.failures and call not in self._failed:
             self._failed.append(call)
 
+    def _look_at_failed(self) -> None:
+        now = time.monotonic()
+        for call in list(self._failed):
+            if call.release_at is not None and (call.done or now >= call.release_at):
+                call.release_at = None
+                if self.on_failure is not None:
+                    self.on_failure(call)
+            if call.grace_is_over():  # also where nobody looked in between
+                self._failed.remove(call)
+                self._settle(call)
+
+    def _settle(self, call: Call) -> None:
+        """A call has just ended."""
+        self.forget(call)
+        if call.callbacks:
+            self._finished.append(call)
+
+    # ---- deaths ---------------------------------------------------------------------------------------------------
+
+    def report_death(self, death: WorkerDiedError) -> None:
+        """A worker is gone. From any thread; the first report for a rank counts."""
+        if death.rank in self._dead:
+            return
+        self._dead[death.rank] = death
+        self._requests.drop(death.rank)
+        self._control.drop(death.rank)
+        self._deaths.append(death)
+        self.lead.bell.ring()
+
+    @property
+    def dead(self) -> Mapping[int, WorkerDiedError]:
+        return self._dead
+
+    @property
+    def alive(self) -> list[int]:
+        return [rank for rank in self._every_rank if rank not in self._dead]
+
     def _tell_death(self, death: WorkerDiedError) -> None:
         for call in list(self._pending.values()):
             if death.rank in call.missing:
-                doing = f"call {call.call_id} {call.method!r} was pending"
-                call.add_failure(death.rank, WorkerDiedError(death.rank, death.pid, death.node, death.cause, doing))
+                call.add_failure(death.rank, death.during(f"call {call.call_id} {call.method!r} was pending"))
                 if call.done:
                     self._settle(call)
+        if self.on_death is not None:
+            self.on_death(death)
+
+    def revive(self, rank: int) -> None:
+        """The driver actor has replaced a rank. By the leader."""
+        self._dead.pop(rank, None)
+
+    def _require_alive(self, call: Call) -> None:
+        dead: dict[int, Exception] = {rank: self._dead[rank] for rank in call.targets if rank in self._dead}
+        if dead:
+            late = [rank for rank in call.targets if rank not in dead]
+            raise RpcError(f"call {call.call_id} {call.method!r} was not sent", dead, late)
+
+    # ---- the end --------------------------------------------------------------------------------------------------
+
+    def send_stop(self, deadline: Deadline) -> None:
+        """Ask every worker to end its loop after the calls sent so far. Raises as QueueWriter.send."""
+        self._requests.send(wire.encode_stop(self.epoch), deadline, self.drain_if_free)
+
+    def refuse_calls(self) -> None:
+        """From now on `submit` raises GroupClosedError. Calls in flight go on, but for streams, which are cancelled."""
+        self._refusing = True
+        for call in list(self._pending.values()):
+            if isinstance(call, StreamCall):
+                self.abandon(call, closed_error())
+
+    def fail(self, error: Exception) -> None:
+        """Nothing will come any more: the leader ends all calls with `error`. From any thread."""
+        self._fatal = error
+        self.lead.bell.ring()
+
+    def _end_all(self, error: Exception) -> None:
+        for call in list(self._pending.values()):
+            call.over = error
+            call.finish()
+            self._settle(call)
+
+    def close(self) -> None:
+        """Fail what is still pending with GroupClosedError, and free the threads. Idempotent."""
+        self._refusing = self._closed = True
+        for call in list(self._pending.values()):
+            call.give_up(closed_error())
+        self._pending.clear()
+        self.lead.bell.ring()
+        if self._server is not None:
+            self._server.close()
+        for source in self._sources:
+            source.close()
+        self._local, self._sources, self._polls = [], [], []  # with the bell, what would keep the memory mapped
+        self.lead.bell = _private_bell()
+
+    def _translated(self, exc: BaseException, call: Call, deadline: Deadline) -> BaseException:
+        if isinstance(exc, QueueClosedError):
+            return closed_error()
+        if isinstance(exc, PeerLostError) and exc.ranks:
+            lost: dict[int, Exception] = dict.fromkeys(exc.ranks, exc)
+            text = f"call {call.call_id} {call.method!r} did not reach all ranks"
+            return RpcError(text, lost, sorted(call.missing - lost.keys()))
+        if isinstance(exc, TimeoutError) and not isinstance(exc, RpcTimeoutError):
+            return RpcTimeoutError(f"call {call.call_id} {call.method!r} was not sent: {exc}", sorted(call.missing))
+        return exc
+
+
+def _name(method: wire.Method) -> str:
+    return method if isinstance(method, str) else getattr(method, "__qualname__", repr(method))
 
 
 def _private_bell() -> Bell:

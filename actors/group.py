@@ -1,45 +1,36 @@
-"""ActorGroup: the handle that users hold. Runs in the driver's process. Thin: state lives in GroupRuntime."""
+"""ActorGroup: the handle that users hold. Thin: state lives in a GroupRuntime, or a ClientRuntime of a driver actor."""
 
 from __future__ import annotations
 
-import html
+import asyncio
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 
+from ray_shm.actors import profiling
 from ray_shm.actors.call import REDUCTIONS, Reduce
+from ray_shm.actors.client import ClientRuntime, Ticket
 from ray_shm.actors.future import RpcFuture
+from ray_shm.actors.reports import GroupStats, GroupStatus, Sheet, Stacks, WorkerInfo, sheet_of, status_of
 from ray_shm.actors.runtime import CLOSE_TIMEOUT, GroupRuntime
+from ray_shm.actors.stream import RpcStream
 from ray_shm.actors.wire import Method
 from ray_shm.deadline import Deadline
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerInfo:
-    """One worker of a group. transport: "shm" or "zmq". state: "alive" or "dead", as known when asked."""
-
-    rank: int
-    local_rank: int
-    node_id: str
-    node_ip: str
-    pid: int
-    gpu_ids: tuple[str, ...]
-    transport: str
-    state: str
+from ray_shm.errors import RpcTimeoutError, WorkerDiedError
 
 
 class ActorGroup:
-    """A running group of workers, made by `ray_shm.launch`. Any thread may call it. A context manager.
+    """A running group of workers, made by `ray_shm.launch` or `connect`. Any thread may call it. A context manager.
 
-    Dropped without `close()`, it is closed with a ResourceWarning; at interpreter exit it is closed silently.
+    Dropped without `close()`, it is closed with a ResourceWarning; at interpreter exit it is closed silently. A handle
+    that is connected to a driver actor detaches instead, silently. Such a handle can be sent to Ray tasks and actors.
     """
 
-    def __init__(self, runtime: GroupRuntime) -> None:
+    def __init__(self, runtime: GroupRuntime | ClientRuntime) -> None:
         self._runtime = runtime
         self._finalizer = weakref.finalize(self, _close_dropped, runtime)
         self._finalizer.atexit = False  # the runtime has its own hook, which runs before Ray's
@@ -51,7 +42,7 @@ class ActorGroup:
     @property
     def workers(self) -> list[WorkerInfo]:
         """The workers in rank order."""
-        dead = self._runtime.dispatcher.dead
+        dead = self._runtime.dead
         rows = []
         for rank, entry in sorted(self._runtime.ranks.items()):
             place = entry.place.place
@@ -95,7 +86,8 @@ class ActorGroup:
             RpcError: ranks raised or died; it holds every outcome known by then. The others get 2 s after an exception,
                 none after a death.
             RpcTimeoutError: ranks were late. MismatchError: ``reduce="equal"`` and they differ. GroupClosedError.
-            After each of these the group is usable, but for ranks that died.
+            After each of these the group is usable, but for ranks that died, which `heal` replaces. Ctrl-C cancels the
+            call, as `RpcFuture.cancel` does.
         """
         targets = self._require_targets(target_ranks, unique_reply_rank)
         _require_call(method, args, kwargs, unique_reply_rank, reduce)
@@ -118,17 +110,50 @@ class ActorGroup:
         unique_reply_rank: int | None = None,
         reduce: Reduce | None = None,
     ) -> Any:
-        """`collective_rpc` without blocking the event loop. Cancelling the awaiting task drops the call's replies."""
-        return await self.collective_rpc(
-            method,
-            timeout,
-            args,
-            kwargs,
-            non_block=True,
-            target_ranks=target_ranks,
-            unique_reply_rank=unique_reply_rank,
-            reduce=reduce,
-        )
+        """`collective_rpc` without blocking the event loop. Cancelling the awaiting task cancels the call.
+
+        Where there is no room to send, a thread of the loop's default executor waits for it.
+        """
+        targets = self._require_targets(target_ranks, unique_reply_rank)
+        _require_call(method, args, kwargs, unique_reply_rank, reduce)
+        dispatcher = self._runtime.dispatcher
+        arguments = (method, args, kwargs or {}, targets, unique_reply_rank, reduce, Deadline.after(timeout))
+        try:
+            call = dispatcher.submit(*arguments, at_once=True)
+        except RpcTimeoutError:
+            sending = asyncio.ensure_future(asyncio.to_thread(dispatcher.submit, *arguments))
+            try:
+                call = await asyncio.shield(sending)
+            except asyncio.CancelledError:
+                sending.add_done_callback(lambda sent: sent.exception() or dispatcher.cancel(sent.result()))
+                raise
+        return await RpcFuture(dispatcher, call)
+
+    def stream(
+        self,
+        method: Method,
+        timeout: float | None = None,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        target_ranks: Sequence[int] | None = None,
+    ) -> RpcStream:
+        """Call a generator method (or async generator) on all ranks or `target_ranks`, and take its items as they come.
+
+        Args:
+            timeout: seconds from now for the whole stream; None: none. The others: as for `collective_rpc`.
+
+        Returns:
+            iterator, and async iterator, of (rank, item); a context manager. Closing it closes the generators.
+
+        Raises:
+            as `collective_rpc`, here or where the item would have come. TypeError there: no generator was returned.
+        """
+        targets = self._require_targets(target_ranks, None)
+        _require_call(method, args, kwargs, None, None)
+        dispatcher = self._runtime.dispatcher
+        call = dispatcher.submit_stream(method, args, kwargs or {}, targets, Deadline.after(timeout))
+        return RpcStream(dispatcher, call)
 
     def check_health(self, timeout: float | None = 10.0) -> None:
         """Have every rank answer within `timeout` seconds.
@@ -138,13 +163,88 @@ class ActorGroup:
         """
         self._runtime.check_health(timeout)
 
+    def heal(self, timeout: float | None = 120.0) -> list[int]:
+        """Replace dead ranks: a new process in the same bundle with the same rank and GPUs, its constructor run anew.
+
+        The other ranks keep process, memory and state; calls to them go on. Coordinator groups are formed again under
+        a new epoch, in the same objects, when they are next used. Returns the ranks that were replaced.
+
+        Raises:
+            StartError: a replacement died, raised, or was late; nothing of it is left, and the ranks are as dead as
+                before. PlacementError: it got other GPUs than promised. GroupClosedError.
+        """
+        return self._runtime.heal(timeout)
+
+    def on_worker_death(self, callback: Callable[[WorkerDiedError], object]) -> Callable[[], None]:
+        """Have `callback` called with each death from now on, once its cause is known (or after about a second).
+
+        It runs on a thread of its own, may call the group and `heal`, and what it raises is logged. Returns a function
+        that ends this.
+        """
+        return self._runtime.subscribe(callback)
+
+    def status(self, timeout: float = 0.2) -> GroupStatus:
+        """Where every rank stands: a table, readable also while ranks are stuck in C code.
+
+        Args:
+            timeout: seconds for the ranks' control threads, which add the collective that a rank is in.
+        """
+        return status_of(self.workers, self._runtime.standings(timeout))
+
+    def stacks(self, ranks: Sequence[int] | None = None, timeout: float = 1.0) -> Stacks:
+        """The Python stacks of all threads of `ranks` (default: all), the main thread's first, by rank.
+
+        Where a rank's control thread does not answer in `timeout` seconds, and it is on this node, a signal has the
+        stacks written, which works while C code holds the interpreter's lock.
+        """
+        return Stacks(self._runtime.stacks(self._require_targets(ranks, None) or range(self.world_size), timeout))
+
+    def profile(self, is_start: bool, *, directory: str | os.PathLike[str] | None = None) -> list[str] | None:
+        """Start torch.profiler in every rank, or stop it and write ``rank{N}.json``, a Chrome trace, for each.
+
+        Args:
+            is_start: True starts, False stops.
+            directory: for the traces, on each rank's node; default: a fresh folder for temporary files.
+
+        Returns:
+            None at the start; at the stop, the paths in rank order (``node_ip:path`` for ranks on other nodes).
+
+        Raises:
+            RuntimeError: started already, or not started. ValueError: `directory` at the stop. RpcError.
+        """
+        return profiling.profile(self, is_start, directory)
+
+    def stats(self) -> GroupStats:
+        """Counters of this handle's process, as they stand now."""
+        return self._runtime.stats()
+
     def close(self, timeout: float | None = CLOSE_TIMEOUT) -> None:
         """Let calls in flight finish for at most `timeout` seconds, end the workers, and free everything.
 
         Ranks that are still busy then are killed. Idempotent, from any thread; afterwards calls raise GroupClosedError.
+        A handle from `connect`, or one whose group is detached, only lets go of the group: see `shutdown`.
         """
         self._finalizer.detach()
         self._runtime.close(timeout)
+
+    def shutdown(self, timeout: float | None = CLOSE_TIMEOUT) -> None:
+        """End the group for everybody, also a detached one; otherwise as `close`.
+
+        Calls of other clients that are still under way after `timeout` seconds, and later ones, raise GroupClosedError.
+        """
+        self._finalizer.detach()
+        if isinstance(self._runtime, ClientRuntime):
+            self._runtime.shutdown(timeout)
+        else:
+            self._runtime.close(timeout)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if not isinstance(self._runtime, ClientRuntime):
+            raise TypeError(
+                "this actor group cannot be sent to another process: its queues live in this one. "
+                'Launch it with driver="actor", or with a name.'
+            )
+        return _connected, (self._runtime.ticket,)
 
     def __enter__(self) -> ActorGroup:
         return self
@@ -176,40 +276,18 @@ class ActorGroup:
         state = "closed" if self._runtime.closed else "ready"
         return f"<ActorGroup {self._runtime.summary()}, {state}>"
 
-    def _table(self) -> tuple[list[str], list[list[str]]]:
-        rows = [
-            [
-                str(w.rank),
-                str(w.local_rank),
-                w.node_ip,
-                str(w.pid),
-                ",".join(w.gpu_ids) or "-",
-                w.transport,
-                w.state,
-            ]
-            for w in self.workers
-        ]
-        return ["rank", "local rank", "node", "pid", "GPU", "transport", "state"], rows
+    def _sheet(self) -> Sheet:
+        return sheet_of(repr(self).strip("<>"), self.workers)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        head, rows = self._table()
-        table = Table(*head, title=repr(self).strip("<>"), title_justify="left")
-        for row in rows:
-            table.add_row(*row)
-        yield table
+        yield from self._sheet().__rich_console__(console, options)
 
     def _repr_html_(self) -> str:
-        head, rows = self._table()
-        th = "".join(f"<th>{html.escape(h)}</th>" for h in head)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-        return f"<b>{html.escape(repr(self).strip('<>'))}</b><table><tr>{th}</tr>{body}</table>"
+        return self._sheet()._repr_html_()
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         """IPython's plain text: the same table."""
-        console = Console(width=100, force_terminal=False, no_color=True)
-        with console.capture() as capture:
-            console.print(self)
-        printer.text(capture.get().rstrip())
+        self._sheet()._repr_pretty_(printer, cycle)
 
 
 def _require_call(
@@ -233,8 +311,15 @@ def _require_call(
         raise ValueError(f"reduce={reduce!r} is none of {REDUCTIONS}; or give a callable on the list of results")
 
 
-def _close_dropped(runtime: GroupRuntime) -> None:
-    if not runtime.closed:
+def _connected(ticket: Ticket) -> ActorGroup:
+    """A handle in another process; joins when first used."""
+    return ActorGroup(ClientRuntime(ticket))
+
+
+def _close_dropped(runtime: GroupRuntime | ClientRuntime) -> None:
+    if isinstance(runtime, ClientRuntime) and not runtime.owned:
+        runtime.detach(0.0)
+    elif not runtime.closed:
         warnings.warn(
             f"an actor group ({runtime.summary()}) was dropped without close(); closing it. "
             "Use `with ray_shm.launch(...) as actor:` or call close().",

@@ -1,15 +1,10 @@
-"""launch(): from a class and a number to a running group. Runs in the driver's process.
+"""launch(): from a class and a number to a running group. Runs in the process that calls it.
 
-    ray.init if need be -> reserve bundles -> create actors -> hello (where, which GPUs, does it see our memory)
-      -> ranks -> queues -> start (groups, constructor) -> run -> ready
-
-Whatever fails on the way, all that was made is taken back before the error is raised.
+The arguments are checked and the worker class is pickled here; group_start.py does the rest, here or in a driver actor.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,22 +16,18 @@ from ray.util.placement_group import PlacementGroup
 
 from ray_shm import codec, futex
 from ray_shm.actors import wire
+from ray_shm.actors.call import CallOptions
+from ray_shm.actors.client import ClientRuntime
+from ray_shm.actors.connect import start_driver
 from ray_shm.actors.group import ActorGroup
+from ray_shm.actors.group_start import Bundles, GroupSpec, start_group
 from ray_shm.actors.progress import Progress
-from ray_shm.actors.runtime import GroupRuntime, Rank
-from ray_shm.actors.spec import Groups, Hello, Started, StartSpec, require_groups
-from ray_shm.actors.starting import gather
-from ray_shm.actors.worker import WorkerActor
+from ray_shm.actors.runtime import GroupRuntime
+from ray_shm.actors.spec import Groups, require_groups
 from ray_shm.deadline import Deadline
-from ray_shm.errors import RayShmError, StartError
-from ray_shm.placement import devices
-from ray_shm.placement.bundles import Reservation, WorkerResources, reserve
-from ray_shm.placement.topology import RankPlace, assign_ranks
-from ray_shm.queue_reader import QueueReader
-from ray_shm.queue_writer import QueueWriter
-from ray_shm.segment import Segment, pid_space
+from ray_shm.placement.bundles import WorkerResources
 
-CHUNK_BYTES, CHUNKS = 24 << 20, 10  # bound of unread requests, as MessageQueue's default
+DRIVERS = ("auto", "local", "actor")
 TRANSPORTS = ("auto", "shm", "zmq")
 BACKENDS = ("auto", "gloo", "nccl")
 
@@ -62,6 +53,10 @@ def launch(
     transport: str = "auto",
     runtime_env: dict[str, Any] | None = None,
     start_timeout: float = 120.0,
+    auto_heal: bool = False,
+    max_in_flight: int = 10_000,
+    failure_grace: float = 2.0,
+    slow_call_warning: float | None = 10.0,
 ) -> ActorGroup:
     """Start `num_workers` Ray actors that each hold a `worker_cls`, and connect them for collective calls.
 
@@ -77,154 +72,47 @@ def launch(
         groups: coordinator groups by name, each a list of disjoint lists of ranks, e.g. ``{"tp": [[0, 1], [2, 3]]}``;
             connected before the constructor runs. "world" is always there, and connects when first used.
         backend: of the coordinator groups: "gloo", "nccl", or "auto" (nccl where there are GPUs).
-        driver: "auto" or "local": the queues live in this process, and the group ends with it.
-        name, namespace, lifetime: of a driver actor, which this version does not have: leave `name` and `lifetime` out.
+        driver: "local": the queues live in this process (lowest latency), and the group ends with it. "actor": they
+            live in a Ray actor on the node with most workers, through which several processes can call the group.
+            "auto": an actor where `name` or `lifetime` is given or this process is a Ray Client, else local.
+        name, namespace: of the driver actor, for `connect` and ``ray.get_actor``.
+        lifetime: "detached": the group outlives this process, until ``shutdown()``. None: it ends with this process.
         transport: "auto" (shared memory where it can be reached, else ZeroMQ), "shm" or "zmq" for all ranks.
         runtime_env: of the actors, as Ray knows it.
         start_timeout: seconds until the group must be ready.
+        auto_heal: replace ranks that die, as `ActorGroup.heal` does; calls that need them wait meanwhile.
+        max_in_flight: calls under way at once; one more waits, as long as its timeout allows, until one has ended.
+        failure_grace: seconds that the other ranks of a call get after one has raised; none after a death.
+        slow_call_warning: seconds after which a call that somebody waits for is logged, with the late ranks and where
+            they stand, and again after twice as long; None: never.
 
     Raises:
-        ValueError, TypeError: wrong arguments; nothing was started.
+        ValueError, TypeError: wrong arguments, or a name that is taken; nothing was started.
         PlacementError: the cluster cannot place the workers in time.
         StartError: a worker died or raised while starting, or was late; `failures` has each rank's exception.
         After each of these nothing is left: no actor, placement group, memory, or port.
     """
-    _require_arguments(worker_cls, num_workers, transport, backend, driver, name, lifetime, start_timeout)
+    _require_arguments(worker_cls, num_workers, transport, backend, start_timeout)
+    in_actor = _requires_actor(driver, name, lifetime)
+    options = _options(failure_grace, slow_call_warning, max_in_flight)
     declared = require_groups(groups, num_workers)
     resources = WorkerResources(cpus_per_worker, gpus_per_worker, dict(resources_per_worker or {}))
     payloads = _pickle_workers(worker_cls, args, kwargs or {}, num_workers)
     deadline = Deadline.after(start_timeout)
     progress = Progress(worker_cls.__name__)
     _ensure_ray(progress)
-    progress(f"placing {num_workers} workers, each with {resources.bundle()}")
-    reservation = reserve(
-        num_workers,
-        resources,
-        placement_group=placement_group,
-        strategy=strategy,
-        bundle_label_selector=bundle_label_selector,
-        deadline=deadline,
-        name=f"{namespace}:{worker_cls.__name__}:{secrets.token_hex(4)}",  # unique: Ray refuses a name twice
-        progress=progress,
+    unique = f"{namespace}:{worker_cls.__name__}:{secrets.token_hex(4)}"  # Ray refuses a name twice
+    bundles = Bundles(num_workers, resources, placement_group, strategy, bundle_label_selector, unique)
+    spec = GroupSpec(
+        worker_cls.__name__, payloads, resources, declared, backend, transport, runtime_env, auto_heal, options
     )
-    runtime = GroupRuntime(worker_cls.__name__, reservation)
-    try:
-        _Launch(runtime, progress, deadline, transport, backend).run(resources, payloads, declared, runtime_env)
-        progress(f"ready: {runtime.summary()}")
-    except BaseException:
-        runtime.abort()
-        raise
+    runtime: GroupRuntime | ClientRuntime
+    if in_actor:
+        runtime = start_driver(spec, bundles, name, namespace, lifetime, deadline, progress)
+    else:
+        runtime = start_group(spec, bundles.reserve(deadline, progress), deadline, progress)
+    progress(f"ready: {runtime.summary()}")
     return ActorGroup(runtime)
-
-
-class _Launch:
-    """The steps of one start, in order. What they make is registered with the runtime at once, which can abort."""
-
-    def __init__(
-        self, runtime: GroupRuntime, progress: Progress, deadline: Deadline, transport: str, backend: str
-    ) -> None:
-        self._runtime = runtime
-        self._progress = progress
-        self._deadline = deadline
-        self._transport = transport
-        self._backend = backend
-
-    def run(
-        self,
-        resources: WorkerResources,
-        payloads: list[bytes],
-        groups: Groups,
-        runtime_env: dict[str, Any] | None,
-    ) -> None:
-        actors = self._create_actors(self._runtime.reservation, resources, runtime_env, len(payloads))
-        hellos = self._hello(actors)
-        devices.verify([h.place for h in hellos], resources.gpus)
-        ranks = assign_ranks([h.place for h in hellos], ray.get_runtime_context().get_node_id())
-        actor_of = {h.place.bundle_index: (actor, h) for actor, h in zip(actors, hellos, strict=True)}
-        placed = [(rank, *actor_of[rank.place.bundle_index]) for rank in ranks]
-        requests = self._make_requests(placed)
-        started = self._start(placed, requests, payloads, groups)
-        self._connect(placed, requests, started)
-
-    def _create_actors(
-        self, reservation: Reservation, resources: WorkerResources, runtime_env: dict[str, Any] | None, count: int
-    ) -> list[Any]:
-        actor_class = ray.remote(WorkerActor)
-        self._progress(f"starting {count} worker processes")
-        for i in range(count):
-            options = {**resources.actor_options(), "scheduling_strategy": reservation.scheduling_strategy(i)}
-            if runtime_env:
-                options["runtime_env"] = runtime_env
-            self._runtime.actors.append(actor_class.options(**options).remote(reservation.bundle_indices[i]))
-        return self._runtime.actors
-
-    def _hello(self, actors: list[Any]) -> list[Hello]:
-        probe = None if self._transport == "zmq" else _probe()
-        with probe or contextlib.nullcontext():
-            refs = [actor.hello.remote(probe.ref if probe else None) for actor in actors]
-            labels = [f"bundle {i}" for i in self._runtime.reservation.bundle_indices]
-            hellos: list[Hello] = gather(refs, labels, "start its process", self._deadline, self._progress)
-        far = [h for h in hellos if not h.attached]
-        if self._transport == "shm" and far:
-            raise StartError(
-                f'transport="shm" but {len(far)} of {len(hellos)} workers cannot reach the driver\'s shared memory: '
-                f'pid {far[0].place.pid} on {far[0].place.node_ip}: {far[0].why_not} Use transport="auto".'
-            )
-        return hellos
-
-    def _make_requests(self, placed: list[tuple[RankPlace, Any, Hello]]) -> QueueWriter:
-        local = [rank.rank for rank, _, hello in placed if hello.attached]
-        remote = [rank.rank for rank, _, hello in placed if not hello.attached]
-        ip = ray.util.get_node_ip_address()
-        requests = QueueWriter(local, remote, CHUNK_BYTES, CHUNKS, ip, watch_readers=False)
-        self._runtime.requests = requests
-        return requests
-
-    def _start(
-        self,
-        placed: list[tuple[RankPlace, Any, Hello]],
-        requests: QueueWriter,
-        payloads: list[bytes],
-        groups: Groups,
-    ) -> list[Started]:
-        refs = []
-        own_space = pid_space()
-        for rank, actor, hello in placed:
-            visible = hello.pid_space == own_space
-            spec = StartSpec(
-                rank=rank,
-                world_size=len(placed),
-                epoch=0,
-                worker=payloads[rank.rank],
-                requests=requests.handle,
-                replies_local=hello.attached,
-                groups=groups,
-                backend=self._backend,
-                store=placed[0][2].store,
-                driver_pid=os.getpid() if visible else None,
-                driver_nice=os.getpriority(os.PRIO_PROCESS, 0) if visible else None,
-            )
-            refs.append(actor.start.remote(spec))
-            self._runtime.ranks[rank.rank] = Rank(rank, actor, "shm" if hello.attached else "zmq", visible)
-        labels = [f"rank {r.rank} (pid {r.place.pid}, node {r.place.node_ip})" for r, _, _ in placed]
-        return gather(refs, labels, "start", self._deadline, self._progress, _failure)
-
-    def _connect(
-        self, placed: list[tuple[RankPlace, Any, Hello]], requests: QueueWriter, started: list[Started]
-    ) -> None:
-        for (rank, _, _), answer in zip(placed, started, strict=True):
-            if answer.replies is None:
-                raise StartError(f"rank {rank.rank} gave no reply queue: a bug in ray-shm")
-            self._runtime.replies[rank.rank] = QueueReader(answer.replies, 0)
-        self._runtime.go()
-        try:
-            requests.wait_until_ready(self._deadline)
-            for reader in self._runtime.replies.values():
-                if reader.shm is not None:  # the others belong to the thread of RemoteReplies by now
-                    reader.wait_until_ready(self._deadline)
-            self._runtime.check_health(self._deadline.remaining())
-        except (TimeoutError, RayShmError) as exc:
-            raise StartError(f"the workers started, but the group does not answer: {exc}") from exc
 
 
 def _require_arguments(
@@ -232,9 +120,6 @@ def _require_arguments(
     num_workers: int,
     transport: str,
     backend: str,
-    driver: str,
-    name: str | None,
-    lifetime: str | None,
     start_timeout: float,
 ) -> None:
     """Raises ValueError or TypeError; StartError where shared memory is asked for and not supported."""
@@ -248,15 +133,37 @@ def _require_arguments(
         raise ValueError(f"transport={transport!r} is none of {TRANSPORTS}")
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is none of {BACKENDS}")
-    if driver not in ("auto", "local") or name is not None or lifetime is not None:
-        raise ValueError(
-            "this version has local drivers only: leave out driver='actor', name and lifetime. "
-            "The group ends with the process that launched it."
-        )
     if start_timeout <= 0:
         raise ValueError(f"start_timeout={start_timeout} must be more than 0 seconds")
     if transport == "shm":
         futex.require_supported()
+
+
+def _requires_actor(driver: str, name: str | None, lifetime: str | None) -> bool:
+    """Whether the queues have to live in a driver actor. Raises ValueError: the arguments contradict each other."""
+    if driver not in DRIVERS:
+        raise ValueError(f"driver={driver!r} is none of {DRIVERS}")
+    if lifetime not in (None, "detached"):
+        raise ValueError(f'lifetime={lifetime!r}: give "detached" for a group that outlives this process, or None')
+    if name is not None and (not isinstance(name, str) or not name):
+        raise ValueError(f"name={name!r}: give a name that is not empty, or leave it out")
+    if lifetime == "detached" and name is None:
+        raise ValueError('lifetime="detached" needs name=..., by which ray_shm.connect(name) finds the group later')
+    is_client = client_ray.is_connected()
+    if driver == "local" and (name is not None or is_client):
+        why = "this process is a Ray Client, which has no memory in the cluster" if is_client else f"name={name!r}"
+        raise ValueError(f'driver="local", but {why}: give driver="actor", or leave driver out')
+    return driver == "actor" or name is not None or is_client
+
+
+def _options(failure_grace: float, slow_call_warning: float | None, max_in_flight: int) -> CallOptions:
+    if failure_grace < 0:
+        raise ValueError(f"failure_grace={failure_grace}: give 0 or more seconds")
+    if slow_call_warning is not None and slow_call_warning <= 0:
+        raise ValueError(f"slow_call_warning={slow_call_warning}: give more than 0 seconds, or None")
+    if not isinstance(max_in_flight, int) or max_in_flight < 1:
+        raise ValueError(f"max_in_flight={max_in_flight}: give 1 or more calls")
+    return CallOptions(failure_grace, slow_call_warning, max_in_flight)
 
 
 def _pickle_workers(worker_cls: type, args: Sequence[Any], kwargs: Mapping[str, Any], num_workers: int) -> list[bytes]:
@@ -275,27 +182,6 @@ def _pickle_workers(worker_cls: type, args: Sequence[Any], kwargs: Mapping[str, 
 
 
 def _ensure_ray(progress: Callable[[str], None]) -> None:
-    if client_ray.is_connected():
-        raise StartError(
-            "this process is a Ray Client (ray://), which has no shared memory or sockets in the cluster; "
-            "run launch() on a node of the cluster, or inside a Ray task or actor"
-        )
     if not ray.is_initialized():
         progress("starting Ray")
         ray.init(logging_level="warning")
-
-
-def _probe() -> Segment | None:
-    """A page of shared memory to find out which workers can attach to ours; None where there is none."""
-    try:
-        futex.require_supported()
-    except StartError:
-        return None
-    return Segment.create(4096, "probe")
-
-
-def _failure(answer: Started, rank: int) -> tuple[str, BaseException] | None:
-    """(what failed, the exception) where a worker's start raised."""
-    if not answer.error:
-        return None
-    return answer.stage, wire.decode_reply(answer.error).error()

@@ -36,7 +36,9 @@ class StartSpec:
 
     Attributes:
         worker: pickle of (class, args, kwargs) of the user's worker. requests: queue of requests to all ranks.
+        control: queue of orders to all ranks' control threads.
         replies_local: the driver reads this rank's replies through shared memory. store: where rank 0 serves the store.
+        lazy_groups: the declared groups connect when first used, not before the constructor.
         driver_pid, driver_nice: the driver's process id and niceness, where this worker can see it, else None.
     """
 
@@ -45,8 +47,10 @@ class StartSpec:
     epoch: int
     worker: bytes
     requests: Handle
+    control: Handle
     replies_local: bool
     groups: Groups
+    lazy_groups: bool
     backend: str
     store: tuple[str, int]
     driver_pid: int | None
@@ -55,12 +59,29 @@ class StartSpec:
 
 @dataclass(frozen=True)
 class Started:
-    """A worker's answer to its StartSpec: its reply queue, or the frames of the error that its start raised."""
+    """A worker's answer to its StartSpec: its reply queue, or the frames of the error that its start raised.
+
+    stacks_fd: its descriptor of the file with its stacks; see control.StackFile.
+    """
 
     replies: Handle | None
     error: list[Buffer]
     stage: str
     seconds: float
+    stacks_fd: int
+
+
+@dataclass(frozen=True)
+class Reform:
+    """An order to form the coordinator groups `names` again as `epoch`, on the store at `store`.
+
+    dead: ranks that are gone; a group with one of them is of no use before the next formation.
+    """
+
+    names: list[str]
+    epoch: int
+    store: tuple[str, int]
+    dead: list[int]
 
 
 def require_groups(groups: Groups | None, world_size: int) -> dict[str, list[list[int]]]:

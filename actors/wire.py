@@ -2,10 +2,13 @@
 
 Runs in the driver and in the workers. A request goes to all ranks through one queue, and names its targets; values
 under `Scatter` travel once per target, everything else once. The prefix stands outside of the pickle, so that a call
-that cannot be unpickled still gets its error reply.
+that cannot be unpickled still gets its error reply, and a relay passes frames on without looking into them.
 
 Request: ``call id, epoch, kind, reply rank, targets | pickle of (method, args, kwargs)``, its buffers, and with Scatter
 one frame that counts frames, then those of each target. Reply: ``call id, epoch, status, rank | pickle of the result``.
+
+Two queues lead to the workers. CALL, STREAM, REFORM and STOP go through the request queue, in order, to the thread that
+runs user code. CANCEL, CREDIT, STATUS, STACKS and RELEASE go through the control queue to a thread beside it.
 """
 
 from __future__ import annotations
@@ -21,8 +24,10 @@ from ray_shm import codec
 from ray_shm.errors import RemoteError, RemoteExitError, RemoteTraceback
 from ray_shm.ring import Buffer
 
-CALL, STOP = 0, 1
-OK, FAILED = 0, 1
+CALL, STOP, STREAM, REFORM = 0, 1, 2, 3  # through the request queue
+CANCEL, CREDIT, STATUS, STACKS, RELEASE = 16, 17, 18, 19, 20  # through the control queue
+OK, FAILED, ITEM = 0, 1, 2
+NEWS = 3  # of the group, to a connected client: not a reply to any call
 EVERY_RANK = 0xFFFF  # in place of a reply rank: all of them reply
 OWN_VALUES = "ray_shm.own_values"  # key of a rank's own constructor values, no keyword a user could have
 _REQUEST = struct.Struct(
@@ -104,8 +109,9 @@ def encode_call(
     targets: Sequence[int] | None,
     n_targets: int,
     reply_rank: int,
+    kind: int = CALL,
 ) -> list[Buffer]:
-    """Frames of a call. `targets` None: all ranks.
+    """Frames of a call (`kind` STREAM: of one whose items are wanted as they come). `targets` None: all ranks.
 
     Raises:
         ValueError: a Scatter of the wrong length. Whatever pickling raises.
@@ -114,13 +120,10 @@ def encode_call(
         args, kwargs, parts = split_scatter(args, kwargs, n_targets)
     else:
         parts = []
-    count = len(targets or ())
-    prefix = _REQUEST.pack(call_id, epoch, CALL, reply_rank, count, 0)
-    if count:
-        prefix += struct.pack(f"<{count}H", *(targets or ()))
+    prefix = _request_prefix(call_id, epoch, kind, reply_rank, targets, 0)
     frames = codec.encode((method, args, kwargs), prefix)
     if parts:
-        head = _REQUEST.pack(call_id, epoch, CALL, reply_rank, count, len(frames))
+        head = _REQUEST.pack(call_id, epoch, kind, reply_rank, len(targets or ()), len(frames))
         frames[0] = head + frames[0][len(head) :]
         own = [codec.encode(part) for part in parts]
         frames.append(struct.pack(f"<{len(own)}I", *(len(f) for f in own)))
@@ -131,6 +134,27 @@ def encode_call(
 
 def encode_stop(epoch: int) -> list[Buffer]:
     return [_REQUEST.pack(0, epoch, STOP, EVERY_RANK, 0, 1)]
+
+
+def encode_order(
+    kind: int, call_id: int, epoch: int, targets: Sequence[int] | None, payload: object = None
+) -> list[Buffer]:
+    """A request of the library's own: `payload` is plain data. `targets` None: all ranks."""
+    return codec.encode(payload, _request_prefix(call_id, epoch, kind, EVERY_RANK, targets, 0))
+
+
+def readdress(frames: Sequence[Buffer], call_id: int) -> list[Buffer]:
+    """The same request or reply under another call id; the frames stay as they are."""
+    first = bytes(frames[0])
+    return [struct.pack("<Q", call_id) + first[8:], *frames[1:]]
+
+
+def _request_prefix(
+    call_id: int, epoch: int, kind: int, reply_rank: int, targets: Sequence[int] | None, common: int
+) -> bytes:
+    count = len(targets or ())
+    prefix = _REQUEST.pack(call_id, epoch, kind, reply_rank, count, common)
+    return prefix + struct.pack(f"<{count}H", *targets) if targets else prefix
 
 
 @dataclass(slots=True)
@@ -146,6 +170,7 @@ class Request:
     common: int  # frames of the common part
     skip: int  # bytes before the pickle in the first frame
     owned: bool  # the other frames may be kept; see codec.decode
+    targets: tuple[int, ...] = ()  # empty: all ranks
 
     def decode(self) -> tuple[Method, tuple[Any, ...], dict[str, Any]]:
         """Raises whatever unpickling raises."""
@@ -153,6 +178,10 @@ class Request:
         if len(self.frames) > self.common:
             args, kwargs = join_scatter(args, kwargs, codec.decode(self._own_frames(), 0, self.owned))
         return method, args, kwargs
+
+    def payload(self) -> Any:
+        """Of an order. Raises whatever unpickling raises."""
+        return codec.decode(self.frames, self.skip, self.owned)
 
     def _own_frames(self) -> Sequence[Buffer]:
         table = self.frames[self.common]
@@ -163,19 +192,21 @@ class Request:
 
 
 def decode_request(frames: Sequence[Buffer], rank: int, owned: bool = False) -> Request:
+    """As rank `rank` sees it."""
     first = frames[0]
     call_id, epoch, kind, reply_rank, count, common = _REQUEST.unpack(first[: _REQUEST.size])
     skip = _REQUEST.size + 2 * count
     position: int | None = rank
+    targets: tuple[int, ...] = ()
     if count:
         targets = struct.unpack(f"<{count}H", first[_REQUEST.size : skip])
         position = targets.index(rank) if rank in targets else None
-    return Request(call_id, kind, reply_rank, epoch, position, frames, common or len(frames), skip, owned)
+    return Request(call_id, kind, reply_rank, epoch, position, frames, common or len(frames), skip, owned, targets)
 
 
-def encode_result(call_id: int, epoch: int, rank: int, result: Any) -> list[Buffer]:
+def encode_result(call_id: int, epoch: int, rank: int, result: Any, status: int = OK) -> list[Buffer]:
     """Raises whatever pickling raises."""
-    return codec.encode(result, _REPLY.pack(call_id, epoch, OK, rank))
+    return codec.encode(result, _REPLY.pack(call_id, epoch, status, rank))
 
 
 def text_of(error: BaseException) -> str:
@@ -194,10 +225,9 @@ def encode_failure(call_id: int, epoch: int, rank: int, error: BaseException) ->
     frames = codec.encode((what, text, is_exit), _REPLY.pack(call_id, epoch, FAILED, rank))
     if isinstance(error, Exception):
         try:
-            exception = codec.encode(error)
-            frames.append(exception[0] if len(exception) == 1 else b"")
+            frames.extend(codec.encode(error))
         except Exception:  # whatever a class's own __reduce__ does: its text stands in for it
-            frames.append(b"")
+            return frames[:1]
     return frames
 
 
@@ -228,10 +258,10 @@ class Reply:
         return error
 
     def _original(self) -> Exception | None:
-        if len(self.frames) < 2 or not len(self.frames[1]):
+        if len(self.frames) < 2:
             return None
         try:
-            error = codec.decode(self.frames[1:2])
+            error = codec.decode(self.frames[1:], 0, self.owned)
         except Exception:  # whatever a class's own constructor does: the text stands in for it
             return None
         return error if isinstance(error, Exception) else None

@@ -1,8 +1,9 @@
 """The Ray actor that a rank is: it starts the user's worker and then serves calls on its main thread.
 
 Runs in the worker process. Life: `hello` (where am I, do I see the driver's memory), `start` (context, groups, the
-user's constructor), `run` (the loop, until a stop request), end. While `run` blocks the main thread no other method of
-the actor runs; one small thread watches the raylet and the driver, and ends the process when either is gone.
+user's constructor), `run` (worker_loop.py, until a stop request), end. While `run` blocks the main thread no other
+method of the actor runs. Two small threads stand beside it: one watches the raylet and the driver, and ends the process
+when either is gone; the control thread (control.py) answers and cancels.
 """
 
 from __future__ import annotations
@@ -10,29 +11,30 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ray.cloudpickle
 
-from ray_shm import codec
-from ray_shm.actors import wire
+from ray_shm import codec, death_word
+from ray_shm.actors import status_board, wire
+from ray_shm.actors.control import ControlThread, StackFile
 from ray_shm.actors.orphan_watch import OrphanWatch
-from ray_shm.actors.spec import WORLD, Hello, Started, StartSpec
+from ray_shm.actors.spec import WORLD, Hello, Reform, Started, StartSpec
+from ray_shm.actors.status_board import SLOT, StatusBoard, StatusRow
+from ray_shm.actors.worker_loop import WorkerLoop
 from ray_shm.context import WorkerContext, set_context
 from ray_shm.coordinator import StatelessGroupCoordinator
-from ray_shm.deadline import Deadline
-from ray_shm.errors import PeerLostError, QueueClosedError, RemoteError, StartError
+from ray_shm.errors import PeerLostError, QueueClosedError, StartError
 from ray_shm.placement.devices import current_place
 from ray_shm.placement.ports import HeldPort
 from ray_shm.queue_reader import QueueReader
 from ray_shm.queue_writer import QueueWriter
-from ray_shm.ring import Buffer
-from ray_shm.segment import AttachError, Segment, SegmentRef, pid_space
+from ray_shm.segment import AttachError, SegmentRef, pid_space
 from ray_shm.store import GroupStore
 
-_NEVER = Deadline.after(None)
 _CHUNK_BYTES, _CHUNKS = 24 << 20, 10  # bound of unread replies, as MessageQueue's default
+_MAIN_PARK, _CONTROL_PARK = 1.0, 5.0  # seconds between a sleeping thread's looks: in all, 1.2 wake-ups a second
 _REPLY_RING = 256 << 10  # bytes; with a request ring of 1 MiB, a group of 8 holds 3 MiB of shared memory when idle
 
 
@@ -44,15 +46,16 @@ class WorkerActor:
         self._bundle_index = bundle_index
         self._groups: dict[str, StatelessGroupCoordinator] = {}
         self._store: GroupStore | None = None
+        self._board: StatusBoard | None = None
 
-    def hello(self, probe: SegmentRef | None) -> Hello:
+    def hello(self, board: SegmentRef | None) -> Hello:
         place = current_place(self._bundle_index)
         self._port = HeldPort.bind(place.node_ip)
         why_not = ""
         try:
-            if probe is None:
+            if board is None:
                 raise AttachError("the driver has no shared memory, or was told not to use it")
-            Segment.attach(probe).close()
+            self._board = StatusBoard.attach(board)
         except StartError as exc:
             why_not = str(exc)
         return Hello(place, not why_not, why_not, (self._port.host, self._port.port), pid_space())
@@ -65,8 +68,8 @@ class WorkerActor:
             handle = self._start(spec)
         except BaseException as exc:
             error = wire.encode_failure(0, spec.epoch, spec.rank.rank, exc)
-            return Started(None, error, self._stage, time.monotonic() - begun)
-        return Started(handle, [], self._stage, time.monotonic() - begun)
+            return Started(None, error, self._stage, time.monotonic() - begun, -1)
+        return Started(handle, [], self._stage, time.monotonic() - begun, self._stacks.fd)
 
     def run(self) -> None:
         """Serve calls until the driver says stop, or is gone."""
@@ -84,7 +87,12 @@ class WorkerActor:
             with contextlib.suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, 0, spec.driver_nice)
         rank, ip = spec.rank.rank, spec.rank.place.node_ip
-        requests = QueueReader(spec.requests, rank)
+        self._row = self._status_row(rank)
+        # The kernel tells the driver of this thread's end through it, before it tears down the process's memory.
+        self._held = None if self._board is None else death_word.hold(self._board.memory, StatusBoard.slot(rank))
+        self._stacks = StackFile()
+        requests = QueueReader(spec.requests, rank, _MAIN_PARK)
+        orders = QueueReader(spec.control, rank, _CONTROL_PARK)
         ends = ([0], []) if spec.replies_local else ([], [0])
         # It wakes nobody: the driver sleeps on the request queue's bell, which the loop rings after each request.
         replies = QueueWriter(*ends, _CHUNK_BYTES, _CHUNKS, ip, wakes=False, ring_bytes=_REPLY_RING)
@@ -94,9 +102,32 @@ class WorkerActor:
         self._stage = "its constructor"
         cls, args, kwargs = codec.decode([spec.worker])
         args, kwargs = wire.join_scatter(args, kwargs, kwargs.pop(wire.OWN_VALUES))
-        self._loop = WorkerLoop(cls(*args, **kwargs), rank, spec.epoch, requests, replies)
+        self._loop = WorkerLoop(cls(*args, **kwargs), rank, requests, replies, self._row, self._reform)
+        self._control = ControlThread(orders, rank, self._loop, self._row, self._groups)
         self._stage = "running"
         return replies.handle
+
+    def _status_row(self, rank: int) -> StatusRow:
+        """Its row of the driver's board, or one of its own where it cannot reach that."""
+        memory = memoryview(bytearray(SLOT)) if self._board is None else self._board.memory
+        row = StatusRow(memory, 0 if self._board is None else StatusBoard.slot(rank))
+        row.rest(status_board.STARTING)
+        return row
+
+    def _reform(self, order: Reform) -> None:
+        """Form coordinator groups again, under a new epoch, in the same objects; they connect when next used."""
+        if order.store != self._spec.store:
+            old, self._store = self._store, None
+            self._spec = replace(self._spec, store=order.store)
+            if old is not None:
+                old.close()
+        self._spec = replace(self._spec, epoch=order.epoch)
+        for name in order.names:
+            if name in self._groups:
+                group = self._groups[name]
+                group.reform(order.epoch, self._open_store)
+                if absent := sorted(set(group.ranks) & set(order.dead)):
+                    group.release(f"ranks {absent} are gone")
 
     def _context(self) -> WorkerContext:
         place, spec = self._spec.rank.place, self._spec
@@ -117,7 +148,7 @@ class WorkerActor:
             self._open_store()  # also where rank 0 is in none of them
         for name, lists in spec.groups.items():
             if any(spec.rank.rank in ranks for ranks in lists):
-                self._groups[name] = self._coordinator(name, lists, lazy=False)
+                self._groups[name] = self._coordinator(name, lists, lazy=spec.lazy_groups)
         self._groups[WORLD] = self._coordinator(WORLD, [list(range(spec.world_size))], lazy=True)
 
     def _coordinator(self, name: str, lists: list[list[int]], lazy: bool) -> StatelessGroupCoordinator:
@@ -148,6 +179,8 @@ class WorkerActor:
         return self._store
 
     def _tear_down(self) -> None:
+        self._row.rest(status_board.ENDED)
+        self._control.close()
         self._loop.close()
         del self._loop  # and the user's worker with it
         for group in self._groups.values():
@@ -156,98 +189,11 @@ class WorkerActor:
         if self._store is not None:
             self._store.close()
         self._port.close()
+        self._stacks.close()
+        self._row.close()
+        if self._held is not None:
+            self._held.release()
         self._watch.close()
-
-
-class WorkerLoop:
-    """Takes requests, calls the user's worker, sends replies; all on the calling thread."""
-
-    def __init__(self, worker: Any, rank: int, epoch: int, requests: QueueReader, replies: QueueWriter) -> None:
-        self._worker = worker
-        self._rank = rank
-        self._epoch = epoch
-        self._requests = requests
-        self._replies = replies
-        shm = requests.shm
-        self._ring_driver: Callable[[], None] = shm.ring.bell.ring if shm is not None else lambda: None
-
-    def run(self) -> None:
-        """Until a stop request.
-
-        Raises:
-            QueueClosedError, PeerLostError: the driver is gone.
-        """
-        self._replies.wait_until_ready(_NEVER)
-        while self._serve_one():
-            self._ring_driver()
-
-    def close(self) -> None:
-        self._requests.close()
-        self._replies.close()
-
-    def _serve_one(self) -> bool:
-        self._requests.await_message(_NEVER)
-        frames = self._requests.poll()
-        if frames is None:
-            return True
-        request = wire.decode_request(frames, self._rank, self._requests.owned)
-        if request.position is None or request.kind == wire.STOP:
-            self._requests.release()
-            return request.kind != wire.STOP
-        try:
-            call = request.decode()
-        except BaseException as exc:  # whatever the user's class raises while unpickling: an error of this call
-            self._requests.release()
-            self._reply(wire.encode_failure(request.call_id, self._epoch, self._rank, exc))
-            return True
-        self._requests.release()
-        del frames
-        request.frames = ()  # the method alone keeps the memory of large arguments
-        reply = self._execute(request, *call)
-        if reply is not None:
-            self._reply(reply)
-        return True
-
-    def _execute(
-        self, request: wire.Request, method: wire.Method, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> list[Buffer] | None:
-        """The reply's frames, or None where no reply is wanted."""
-        try:
-            if isinstance(method, str):
-                result = getattr(self._worker, method)(*args, **kwargs)
-            else:
-                result = method(self._worker, *args, **kwargs)
-            if request.reply_rank not in (wire.EVERY_RANK, self._rank):
-                return None
-            return self._encode_result(request.call_id, method, result)
-        except BaseException as exc:  # SystemExit and KeyboardInterrupt, too: the worker lives
-            with contextlib.suppress(Exception):  # a frozen dataclass refuses even this
-                exc.__traceback__ = exc.__traceback__ and exc.__traceback__.tb_next  # without this frame
-            if isinstance(exc, AttributeError) and isinstance(method, str) and not hasattr(self._worker, method):
-                exc = AttributeError(self._no_method(method))
-            return wire.encode_failure(request.call_id, self._epoch, self._rank, exc)
-
-    def _encode_result(self, call_id: int, method: wire.Method, result: Any) -> list[Buffer]:
-        try:
-            return wire.encode_result(call_id, self._epoch, self._rank, result)
-        except Exception as exc:
-            raise RemoteError(
-                f"the result of {method!r} on rank {self._rank} ({type(result).__name__}) cannot be pickled: {exc}; "
-                "return plain data, NumPy arrays or CPU tensors"
-            ) from exc
-
-    def _reply(self, frames: list[Buffer]) -> None:
-        try:
-            self._replies.send(frames)
-        except StartError as exc:  # no memory for a large result
-            call_id = wire.decode_reply(frames).call_id
-            self._replies.send(wire.encode_failure(call_id, self._epoch, self._rank, exc))
-
-    def _no_method(self, name: str) -> str:
-        methods = [n for n in dir(self._worker) if not n.startswith("_") and callable(getattr(self._worker, n, None))]
-        return (
-            f"worker class {type(self._worker).__name__} has no method {name!r}; it has: {', '.join(methods) or 'none'}"
-        )
 
 
 def ping(_worker: object) -> None:

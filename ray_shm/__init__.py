@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ray_shm import serve
+    from ray_shm.actors.connect import connect
     from ray_shm.actors.executor import Executor
     from ray_shm.actors.future import RpcFuture
     from ray_shm.actors.group import ActorGroup
@@ -62,6 +63,7 @@ _HOME = {
     "StatelessGroupCoordinator": "ray_shm.coordinator",
     "WorkerContext": "ray_shm.context",
     "WorkerDiedError": "ray_shm.errors",
+    "connect": "ray_shm.actors.connect",
     "get_context": "ray_shm.context",
     "launch": "ray_shm.actors.launch",
     "serve": "ray_shm.serve",
@@ -90,6 +92,7 @@ __all__ = [
     "StatelessGroupCoordinator",
     "WorkerContext",
     "WorkerDiedError",
+    "connect",
     "get_context",
     "launch",
     "serve",

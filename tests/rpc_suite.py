@@ -166,7 +166,9 @@ class RpcSuite:
         assert torch.equal(same, tensor)
 
     def test_reduce_equal_shows_the_difference(self, group):
-        with pytest.raises(ray_shm.MismatchError, match=r"ranks \[1, 2, 3\] differ from rank 0: rank 0: 0; rank 1: 1"):
+        with pytest.raises(
+            ray_shm.MismatchError, match=r"ranks \[1, 2, 3\] differ from rank 0: rank 1 has 1, rank 0 has 0"
+        ):
             group.collective_rpc("rank", reduce="equal")
 
     @pytest.mark.parametrize(

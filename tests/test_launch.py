@@ -123,7 +123,6 @@ def test_visible_devices_replaced_by_the_user_are_refused():
         (TypeError, "num_workers", {"num_workers": "2"}),
         (ValueError, "transport", {"transport": "tcp"}),
         (ValueError, "backend", {"backend": "mpi"}),
-        (ValueError, "local drivers only", {"driver": "actor"}),
         (ValueError, "start_timeout", {"start_timeout": 0}),
         (ValueError, "Scatter has 3 elements for 2", {"args": (Scatter([1, 2, 3]),)}),
         (TypeError, "args must be", {"args": "abc"}),

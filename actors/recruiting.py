@@ -1,0 +1,142 @@
+"""Makes workers: their actors, their first answers, their start. Used by a launch, and again for replacements.
+
+Runs in the driver's process. What a recruiter makes is registered with whoever asked at once, who can take it back.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from ray_shm.actors import wire
+from ray_shm.actors.spec import Groups, Hello, Started, StartSpec
+from ray_shm.actors.starting import gather
+from ray_shm.actors.worker import WorkerActor
+from ray_shm.deadline import Deadline
+from ray_shm.errors import StartError
+from ray_shm.handle import Handle
+from ray_shm.placement.bundles import Reservation, WorkerResources
+from ray_shm.placement.topology import RankPlace
+from ray_shm.queue_reader import QueueReader
+from ray_shm.segment import SegmentRef, pid_space
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Recruit:
+    """A fresh worker actor, before it has a rank."""
+
+    actor: Any
+    hello: Hello
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The queues that lead to the workers, and where the groups' store is served, at one formation of the group."""
+
+    requests: Handle
+    control: Handle
+    store: tuple[str, int]
+    epoch: int
+    lazy_groups: bool
+
+
+class Recruiter:
+    """What all workers of a group have in common.
+
+    Args:
+        payloads: for each rank the pickle of (class, args, kwargs, own values). board: of the ranks' status, or None.
+    """
+
+    def __init__(
+        self,
+        reservation: Reservation,
+        resources: WorkerResources,
+        payloads: Sequence[bytes],
+        groups: Groups,
+        backend: str,
+        transport: str,
+        runtime_env: Mapping[str, Any] | None,
+        board: SegmentRef | None,
+    ) -> None:
+        self.reservation = reservation
+        self.resources = resources
+        self.groups = groups
+        self.world_size = len(payloads)
+        self._payloads = payloads
+        self._backend = backend
+        self._transport = transport
+        self._runtime_env = dict(runtime_env or {})
+        self._board = None if transport == "zmq" else board
+
+    def create(self, position: int) -> Any:
+        """An actor in the `position`-th bundle of the reservation."""
+        options = {
+            **self.resources.actor_options(),
+            "scheduling_strategy": self.reservation.scheduling_strategy(position),
+        }
+        if self._runtime_env:
+            options["runtime_env"] = self._runtime_env
+        actor_class = ray.remote(WorkerActor)
+        return actor_class.options(**options).remote(self.reservation.bundle_indices[position])
+
+    def meet(
+        self, actors: Sequence[Any], labels: Sequence[str], deadline: Deadline, progress: Progress
+    ) -> list[Recruit]:
+        """Their first answers, in order. Raises StartError."""
+        refs = [actor.hello.remote(self._board) for actor in actors]
+        hellos: list[Hello] = gather(refs, labels, "start its process", deadline, progress)
+        far = [h for h in hellos if not h.attached]
+        if self._transport == "shm" and far:
+            raise StartError(
+                f'transport="shm" but {len(far)} of {len(hellos)} workers cannot reach the driver\'s shared memory: '
+                f'pid {far[0].place.pid} on {far[0].place.node_ip}: {far[0].why_not} Use transport="auto".'
+            )
+        return [Recruit(actor, hello) for actor, hello in zip(actors, hellos, strict=True)]
+
+    def start(
+        self, recruits: Mapping[int, tuple[RankPlace, Recruit]], lines: Lines, deadline: Deadline, progress: Progress
+    ) -> dict[int, Started]:
+        """Have them become ranks; rank → answer. Raises StartError, with what a constructor raised in `failures`."""
+        own_space = pid_space()
+        refs, labels = [], []
+        for rank, (place, recruit) in recruits.items():
+            visible = recruit.hello.pid_space == own_space
+            spec = StartSpec(
+                rank=place,
+                world_size=self.world_size,
+                epoch=lines.epoch,
+                worker=self._payloads[rank],
+                requests=lines.requests,
+                control=lines.control,
+                replies_local=recruit.hello.attached,
+                groups=self.groups,
+                lazy_groups=lines.lazy_groups,
+                backend=self._backend,
+                store=lines.store,
+                driver_pid=os.getpid() if visible else None,
+                driver_nice=os.getpriority(os.PRIO_PROCESS, 0) if visible else None,
+            )
+            refs.append(recruit.actor.start.remote(spec))
+            labels.append(f"rank {rank} (pid {place.place.pid}, node {place.place.node_ip})")
+        answers = gather(refs, labels, "start", deadline, progress, _failure)
+        return dict(zip(recruits, answers, strict=True))
+
+
+def _failure(answer: Started, position: int) -> tuple[str, BaseException] | None:
+    """(what failed, the exception) where a worker's start raised."""
+    if not answer.error:
+        return None
+    return answer.stage, wire.decode_reply(answer.error).error()
+
+
+def attach_replies(rank: int, answer: Started) -> QueueReader:
+    """The rank's reply queue. Raises StartError."""
+    if answer.replies is None:
+        raise StartError(f"rank {rank} gave no reply queue: a bug in ray-shm")
+    return QueueReader(answer.replies, 0)
