@@ -14,20 +14,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import mmap
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from ray_shm.actors import wire
 from ray_shm.actors.call import Call, CallOptions, Reduce, StreamCall, cancelled_error, closed_error
 from ray_shm.actors.callback_server import CallbackServer
-from ray_shm.actors.lead import Lead
+from ray_shm.actors.replies import Replies
 from ray_shm.deadline import Deadline
-from ray_shm.errors import PeerLostError, QueueClosedError, RpcError, RpcTimeoutError, WorkerDiedError
-from ray_shm.futex import Word
+from ray_shm.errors import PeerLostError, QueueClosedError, RpcError, RpcTimeoutError
 from ray_shm.queue_reader import QueueReader
 from ray_shm.ring import Bell, Buffer
 
@@ -50,15 +47,7 @@ class Outbox(Protocol):
     def drop(self, rank: int) -> None: ...
 
 
-class Source(Protocol):
-    """Where replies come from besides shared memory; rings the bell when there are some."""
-
-    def take(self) -> Iterator[list[memoryview]]: ...
-
-    def close(self) -> None: ...
-
-
-class Dispatcher:
+class Dispatcher(Replies):
     """Calls in flight from one process to one group of workers. Any thread may call in.
 
     Args:
@@ -66,14 +55,10 @@ class Dispatcher:
         first_id: of the calls. bell: what to sleep on where `requests` has none.
 
     Attributes:
-        calls: sent so far. dropped: replies that nobody waited for any more.
+        calls: sent so far. For others see Replies.
         before_call: called before each call is sent, while it is set; see release.py.
         await_heal: called before a call to a dead rank is refused; waits for its replacement, as long as the call may.
-        on_failure: called with a call of which ranks failed while others are still awaited, by the leader.
-        on_late_failure: called with a failure that nobody waited for any more, by the leader.
         on_cancel: called with a call that was cancelled while ranks were still in it, by whatever thread did that.
-        on_news: called with what a driver actor tells its clients, by the leader.
-        on_death: called with each death once the calls know of it, by the leader.
     """
 
     def __init__(
@@ -87,64 +72,21 @@ class Dispatcher:
         first_id: int = 1,
         bell: Bell | None = None,
     ) -> None:
+        super().__init__(replies, world_size, requests.bell or bell)
         self.epoch = 0
         self.world_size = world_size
         self.options = options
         self._requests = requests
         self._control = control
-        self._local: list[tuple[int, Callable[[], bool], QueueReader]] = []
-        self._sources: list[Source] = []
-        self._polls: list[Callable[[], object]] = []
-        self._every_rank = range(world_size)
-        self._pending: dict[int, Call] = {}
         self._ids = itertools.count(first_id)
         self.calls = 0
         self._refusing = False  # new calls
         self._closed = False
-        self.dropped = 0
-        self._dead: dict[int, WorkerDiedError] = {}
-        self._deaths: deque[WorkerDiedError] = deque()  # reported, and not yet told to the calls
         self.before_call: Callable[[Deadline], None] | None = None
         self.await_heal: Callable[[Deadline], None] | None = None
-        self.on_failure: Callable[[Call], None] | None = None
-        self.on_late_failure: Callable[[wire.Reply], None] | None = None
         self.on_cancel: Callable[[Call], None] | None = None
-        self.on_news: Callable[[Any], None] | None = None
-        self.on_death: Callable[[WorkerDiedError], None] | None = None
-        self._fatal: Exception | None = None
-        self.lead = Lead(requests.bell or bell or _private_bell())
-        self._finished: deque[Call] = deque()  # calls whose callbacks are due, once the lead is given back
-        self._lost: set[int] = set()  # ranks whose reply queue cannot be read any more; the leader's
-        self._failed: list[Call] = []  # calls with a failure whose other ranks still have time; the leader's
         self._server: CallbackServer | None = None
         self._mutex = threading.Lock()  # guards the making of the callback server
-        for rank, reader in replies.items():
-            self._read_from(rank, reader)
-
-    # ---- what a group consists of ---------------------------------------------------------------------------------
-
-    def add_source(self, source: Source) -> None:
-        """Read replies from `source`, too, and close it at the end."""
-        self._sources.append(source)
-
-    def add_poll(self, poll: Callable[[], object]) -> None:
-        """Have whoever leads call `poll` at every look; short, and never waiting."""
-        self._polls.append(poll)
-
-    def readmit(self, rank: int, reader: QueueReader | None) -> None:
-        """A new process has taken a dead rank's place; `reader`: its reply queue, if that is in shared memory."""
-        with self.lead.held():
-            self._drain()  # nobody may have led since: the old process's death is not to be told of the new one
-            self._local = [entry for entry in self._local if entry[0] != rank]
-            if reader is not None:
-                self._read_from(rank, reader)
-            self._lost.discard(rank)
-            self._dead.pop(rank, None)
-        self._run_callbacks()
-
-    def _read_from(self, rank: int, reader: QueueReader) -> None:
-        if reader.shm is not None:
-            self._local.append((rank, reader.shm.ring.readable, reader))
 
     # ---- calls ----------------------------------------------------------------------------------------------------
 
@@ -323,9 +265,6 @@ class Dispatcher:
         self.abandon(call, error or cancelled_error(call))
         return True
 
-    def forget(self, call: Call) -> None:
-        self._pending.pop(call.call_id, None)
-
     def on_done(self, call: Call, callback: Callable[[], object]) -> None:
         """Run `callback` once the call is done, from whatever thread completes it; at once if it is."""
         call.callbacks.append(callback)
@@ -393,16 +332,8 @@ class Dispatcher:
 
     def _look(self) -> bool:
         """Drain; whether the lead has to be given back whatever this thread waits for."""
-        self._drain()
+        self.drain()
         return bool(self._finished) or self.lead.claimed
-
-    def _run_callbacks(self) -> None:
-        """Of the calls that ended while this thread led; never while it leads."""
-        while self._finished:
-            with contextlib.suppress(IndexError):
-                self._finished.popleft().run_callbacks()
-
-    # ---- replies --------------------------------------------------------------------------------------------------
 
     def drain_if_free(self) -> None:
         """Drain unless another thread leads, and so drains. Called while a full request queue is awaited, too."""
@@ -411,111 +342,20 @@ class Dispatcher:
         if not self.lead.take():
             return
         try:
-            self._drain()
+            self.drain()
         finally:
             self.lead.give()
         self._run_callbacks()
-
-    def _drain(self) -> None:
-        """Complete calls with all that has arrived. By the leader only."""
-        for rank, readable, reader in self._local:
-            while readable() and rank not in self._lost and (frames := self._next_frames(rank, reader)) is not None:
-                try:
-                    self._accept(frames, reader.owned)
-                finally:
-                    reader.release()
-        for source in self._sources:
-            for frames in source.take():
-                self._accept(frames, True)
-        if self._failed:
-            self._look_at_failed()
-        while self._deaths:  # after the replies: what a worker had answered before it died counts
-            self._tell_death(self._deaths.popleft())
-        for poll in self._polls:
-            poll()
-        if self._fatal is not None:
-            self._end_all(self._fatal)
-
-    def _next_frames(self, rank: int, reader: QueueReader) -> list[memoryview] | None:
-        try:
-            return reader.poll()
-        except PeerLostError:  # a large reply went with its worker; the death watch says what became of it
-            self._lost.add(rank)
-            return None
-
-    def _accept(self, frames: Sequence[Buffer], owned: bool) -> None:
-        reply = wire.decode_reply(frames, owned)
-        if reply.status == wire.NEWS:
-            if self.on_news is not None:
-                self.on_news(reply.result())
-            return
-        call = self._pending.get(reply.call_id)
-        if call is None or call.done:
-            self.dropped += 1  # nobody waits for it: the call timed out, was cancelled, or has failed already
-            if reply.status == wire.FAILED and self.on_late_failure is not None:
-                self.on_late_failure(reply)
-            return
-        call.take(reply)
-        if call.done:
-            self._settle(call)
-        elif call.failures and call not in self._failed:
-            self._failed.append(call)
-
-    def _look_at_failed(self) -> None:
-        now = time.monotonic()
-        for call in list(self._failed):
-            if call.release_at is not None and (call.done or now >= call.release_at):
-                call.release_at = None
-                if self.on_failure is not None:
-                    self.on_failure(call)
-            if call.grace_is_over():  # also where nobody looked in between
-                self._failed.remove(call)
-                self._settle(call)
-
-    def _settle(self, call: Call) -> None:
-        """A call has just ended."""
-        self.forget(call)
-        if call.callbacks:
-            self._finished.append(call)
-
-    # ---- deaths ---------------------------------------------------------------------------------------------------
-
-    def report_death(self, death: WorkerDiedError) -> None:
-        """A worker is gone. From any thread; the first report for a rank counts."""
-        if death.rank in self._dead:
-            return
-        self._dead[death.rank] = death
-        self._requests.drop(death.rank)
-        self._control.drop(death.rank)
-        self._deaths.append(death)
-        self.lead.bell.ring()
-
-    @property
-    def dead(self) -> Mapping[int, WorkerDiedError]:
-        return self._dead
-
-    @property
-    def alive(self) -> list[int]:
-        return [rank for rank in self._every_rank if rank not in self._dead]
-
-    def _tell_death(self, death: WorkerDiedError) -> None:
-        for call in list(self._pending.values()):
-            if death.rank in call.missing:
-                call.add_failure(death.rank, death.during(f"call {call.call_id} {call.method!r} was pending"))
-                if call.done:
-                    self._settle(call)
-        if self.on_death is not None:
-            self.on_death(death)
-
-    def revive(self, rank: int) -> None:
-        """The driver actor has replaced a rank. By the leader."""
-        self._dead.pop(rank, None)
 
     def _require_alive(self, call: Call) -> None:
         dead: dict[int, Exception] = {rank: self._dead[rank] for rank in call.targets if rank in self._dead}
         if dead:
             late = [rank for rank in call.targets if rank not in dead]
             raise RpcError(f"call {call.call_id} {call.method!r} was not sent", dead, late)
+
+    def _forget_rank(self, rank: int) -> None:
+        self._requests.drop(rank)
+        self._control.drop(rank)
 
     # ---- the end --------------------------------------------------------------------------------------------------
 
@@ -530,17 +370,6 @@ class Dispatcher:
             if isinstance(call, StreamCall):
                 self.abandon(call, closed_error())
 
-    def fail(self, error: Exception) -> None:
-        """Nothing will come any more: the leader ends all calls with `error`. From any thread."""
-        self._fatal = error
-        self.lead.bell.ring()
-
-    def _end_all(self, error: Exception) -> None:
-        for call in list(self._pending.values()):
-            call.over = error
-            call.finish()
-            self._settle(call)
-
     def close(self) -> None:
         """Fail what is still pending with GroupClosedError, and free the threads. Idempotent."""
         self._refusing = self._closed = True
@@ -550,10 +379,7 @@ class Dispatcher:
         self.lead.bell.ring()
         if self._server is not None:
             self._server.close()
-        for source in self._sources:
-            source.close()
-        self._local, self._sources, self._polls = [], [], []  # with the bell, what would keep the memory mapped
-        self.lead.bell = _private_bell()
+        self._let_go()
 
     def _translated(self, exc: BaseException, call: Call, deadline: Deadline) -> BaseException:
         if isinstance(exc, QueueClosedError):
@@ -569,9 +395,3 @@ class Dispatcher:
 
 def _name(method: wire.Method) -> str:
     return method if isinstance(method, str) else getattr(method, "__qualname__", repr(method))
-
-
-def _private_bell() -> Bell:
-    """A bell for a group without shared memory: only this process rings it."""
-    page = mmap.mmap(-1, mmap.PAGESIZE)
-    return Bell(Word(page, memoryview(page).cast("I"), 0), 0)

@@ -234,7 +234,11 @@ class Relay:
         """Pass a request on; False: not now."""
         request = wire.decode_request(frames, 0)
         if request.kind in _NO_REPLY:
-            return self._tell(frames)
+            told = self._tell(frames)
+            cancelled = line.calls.get(request.call_id) if request.kind == wire.CANCEL else None
+            if told and cancelled is not None:
+                self._runtime.releaser.release_cancelled(cancelled)
+            return told
         if request.kind not in _RELAYED:
             raise ValueError(f"a request of kind {request.kind} is not a client's to send")
         if self._refusing or not (to_control or self._is_settled()):

@@ -178,6 +178,16 @@ def test_streams(group):
     assert group.collective_rpc("history", target_ranks=[1], timeout=HANG) == [["generator closed"]]
 
 
+def test_a_cancelled_collective_is_released(group):
+    future = group.collective_rpc("meet", non_block=True, target_ranks=[0])  # rank 1 does not come
+    deadline = time.monotonic() + HANG
+    while "all_reduce" not in group.status()[0].operation:
+        assert time.monotonic() < deadline, str(group.status())
+        time.sleep(0.01)
+    assert future.cancel()
+    assert group.collective_rpc("meet", timeout=HANG) == [2.0, 2.0]
+
+
 def test_cancel_reaches_the_workers(group):
     future = group.collective_rpc("sleep", args=(300, "x"), non_block=True)
     while group.status()[0].method != "sleep" or group.status()[1].method != "sleep":
