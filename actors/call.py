@@ -187,7 +187,7 @@ class Call:
 
     def failure(self) -> RpcError:
         """Some rank failed."""
-        late = sorted(self.missing)
+        late = sorted(self.missing - self.failures.keys())
         where = {rank: self.options.where(rank) for rank in late[:SHOWN_LATE]}
         what = f"call {self.call_id} {self.method!r}"
         return RpcError(what, self.failures, late, targets=len(self.targets), late_where=where)
@@ -240,7 +240,8 @@ class StreamCall(Call):
             try:
                 self.items.append((reply.rank, reply.result()))
             except Exception as exc:  # whatever the user's class raises while unpickling
-                self.add_failure(reply.rank, _unreadable(reply.rank, exc))
+                self.failures[reply.rank] = _unreadable(reply.rank, exc)
+                self.finish()  # the rank stays in `missing`: its generator goes on, until it is told to stop
             if self.wakeup is not None:
                 self.wakeup.set()
         if self.on_news is not None:

@@ -22,7 +22,7 @@ class CallbackServer:
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
         self._arrived: deque[Call] = deque()
-        self._watched: list[Call] = []
+        self._watched: set[Call] = set()
         self._work = threading.Event()
         self.wakeup: threading.Event | None = threading.Event()  # what it sleeps on while it follows; lead.Awaited
         self._closed = False
@@ -44,8 +44,9 @@ class CallbackServer:
         return bool(self._arrived) or self._closed
 
     def watch(self, call: Call) -> None:
-        self._arrived.append(call)
-        self._kick()
+        if call not in self._watched:
+            self._arrived.append(call)
+            self._kick()
 
     def close(self) -> None:
         self._closed = True
@@ -68,8 +69,8 @@ class CallbackServer:
     def _serve(self) -> None:
         while not self._closed:
             while self._arrived:
-                self._watched.append(self._arrived.popleft())
-            self._watched = [call for call in self._watched if not call.done]
+                self._watched.add(self._arrived.popleft())
+            self._watched = {call for call in self._watched if not call.done}
             if not self._watched:
                 return
             current = min(self._watched, key=lambda c: float("inf") if c.deadline.at is None else c.deadline.at)

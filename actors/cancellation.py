@@ -16,9 +16,12 @@ worker class installs for it is called for signals that are not ours.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import threading
+from collections.abc import Coroutine
 from types import FrameType
+from typing import Any
 
 from ray_shm.errors import RpcCancelledError
 
@@ -43,14 +46,15 @@ class Cancellation:
         self._signalled = 0  # id of the call for which signals are sent, 0: none. The control thread's, as the next.
         self._repeat = _FIRST_REPEAT
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._task: asyncio.Task[object] | None = None
+        self._task: asyncio.Task[Any] | None = None
         self._previous = signal.signal(SIGNAL, self._on_signal)
 
     def cancel(self, call_id: int, why: str) -> None:
         """By the control thread."""
         self.pending[call_id] = why
         while len(self.pending) > _REMEMBERED:  # of calls that had ended before
-            del self.pending[next(iter(self.pending))]
+            with contextlib.suppress(RuntimeError, StopIteration):  # the main thread takes its own out meanwhile
+                self.pending.pop(next(iter(self.pending)), None)
         if self.running == call_id:  # else it looks at `pending` once it has set `running`
             self._signalled, self._repeat = call_id, _FIRST_REPEAT
             signal.pthread_kill(self._main, SIGNAL)
@@ -73,17 +77,35 @@ class Cancellation:
             self.running = 0
             raise self._error(call_id)
 
-    def run_task(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[object]) -> object:
-        """The task's result; a cancelled call cancels the task where it awaits, and interrupts it where it computes."""
+    def require_running(self, call_id: int) -> None:
+        """Raises RpcCancelledError, again, if this call was interrupted and its code went on nevertheless."""
+        if self.running != call_id:
+            raise self._error(call_id)
+
+    def run_task(self, loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Run it as a task, and give its result.
+
+        A cancelled call cancels the task where it awaits, and interrupts it where it computes. Other tasks of the loop
+        are left alone. However this ends, so has the task: it does not go on within the next call.
+        """
+        call_id, self.running = self.running, 0  # no interruption until the task can be found
+        task = loop.create_task(coroutine)
         self._loop, self._task = loop, task
-        call_id = self.running
+        self.running = call_id
         try:
+            if self.running and call_id in self.pending:  # cancelled in between
+                self.running = 0
+                task.cancel()
             return loop.run_until_complete(task)
         except asyncio.CancelledError:
             if call_id in self.pending:
                 raise self._error(call_id) from None
             raise
         finally:
+            if not task.done():  # something else has ended the loop: SystemExit in another task, say
+                task.cancel()
+                with contextlib.suppress(Exception, asyncio.CancelledError):
+                    loop.run_until_complete(task)
             self._loop = self._task = None
 
     def close(self) -> None:
@@ -94,8 +116,9 @@ class Cancellation:
         if call_id and call_id in self.pending:
             self.running = 0  # once: what the code does to clean up is not interrupted again
             loop, task = self._loop, self._task
-            if loop is not None and task is not None and asyncio.current_task(loop) is None:
-                loop.call_soon_threadsafe(task.cancel)  # it awaits; an exception here would end the loop, not the task
+            if loop is not None and task is not None and asyncio.current_task(loop) is not task:
+                # It awaits. An exception here would end the loop, or another task of the user's, and not this one.
+                loop.call_soon_threadsafe(task.cancel)
                 return
             raise self._error(call_id)
         if callable(self._previous):

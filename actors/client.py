@@ -309,11 +309,12 @@ class ClientRuntime:
             if self._dispatcher is not None:
                 self._dispatcher.drain_if_free()
 
-    def _await_heal(self, deadline: Deadline) -> None:
+    def _await_heal(self, deadline: Deadline) -> bool:
         """Before a call to a dead rank is refused: somebody may have healed it, or the group does so by itself."""
         dispatcher = self.dispatcher
         self._take_news()
         self._await(dispatcher, lambda: not (dispatcher.dead and self._healing), deadline)
+        return not self._healing
 
     def _await(self, dispatcher: Dispatcher, condition: Callable[[], bool], deadline: Deadline) -> None:
         """Take in news until `condition` holds, the deadline comes, or nothing more will come."""

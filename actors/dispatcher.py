@@ -11,11 +11,11 @@ death watch, and close. A client of a driver actor has a dispatcher, too; its on
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -31,6 +31,8 @@ from ray_shm.ring import Bell, Buffer
 logger = logging.getLogger("ray_shm")
 
 _YIELD = 0.001  # seconds that the callback thread leaves a caller to take the lead from it
+_NEXT_LOOK = 0.05  # seconds between looks where nobody tells that there is room
+_MOST_UNTOLD = 10_000
 _AT_ONCE = Deadline.after(0)
 
 
@@ -57,7 +59,8 @@ class Dispatcher(Replies):
     Attributes:
         calls: sent so far. For others see Replies.
         before_call: called before each call is sent, while it is set; see release.py.
-        await_heal: called before a call to a dead rank is refused; waits for its replacement, as long as the call may.
+        await_heal: called before a call to a dead rank is refused; waits for its replacement, as long as the call may;
+            False: there may still be one.
         on_cancel: called with a call that was cancelled while ranks were still in it, by whatever thread did that.
     """
 
@@ -83,10 +86,13 @@ class Dispatcher(Replies):
         self._refusing = False  # new calls
         self._closed = False
         self.before_call: Callable[[Deadline], None] | None = None
-        self.await_heal: Callable[[Deadline], None] | None = None
+        self.await_heal: Callable[[Deadline], bool] | None = None
         self.on_cancel: Callable[[Call], None] | None = None
         self._server: CallbackServer | None = None
         self._mutex = threading.Lock()  # guards the making of the callback server
+        self._untold: deque[list[Buffer]] = deque()  # orders for which there was no room
+        self._telling = threading.Lock()
+        self.add_poll(lambda: self.send_untold() if self._untold else None)
 
     # ---- calls ----------------------------------------------------------------------------------------------------
 
@@ -137,16 +143,41 @@ class Dispatcher(Replies):
         `submit`."""
         call = Call(next(self._ids), name, targets, None, None, deadline, self.options)
         frames = wire.encode_order(kind, call.call_id, self.epoch, targets, payload)
-        self._post(call, frames, deadline, self._requests if kind == wire.REFORM else self._control)
+        if kind == wire.RELEASE:
+            self._register(call)
+            self._tell(frames)  # never lost, and never waited for
+        else:
+            self._post(call, frames, deadline, self._requests if kind == wire.REFORM else self._control)
+            if self._finished and not self.lead.is_mine():
+                self.run_callbacks_elsewhere()  # not here: who orders may hold locks that a callback wants
         return call
 
     def tell(self, kind: int, call_id: int, targets: Sequence[int] | None, payload: object) -> bool:
-        """Tell control threads something that has no reply. False if there is no room: a rank has not listened."""
-        try:
-            self._control.send(wire.encode_order(kind, call_id, self.epoch, targets, payload), _AT_ONCE)
-        except (TimeoutError, QueueClosedError, PeerLostError):
+        """Tell control threads something that has no reply: now, or once there is room, in order. False: too much is
+        waiting for a rank that does not listen."""
+        return self._tell(wire.encode_order(kind, call_id, self.epoch, targets, payload))
+
+    def _tell(self, frames: list[Buffer]) -> bool:
+        if len(self._untold) >= _MOST_UNTOLD:
             return False
+        self._untold.append(frames)
+        self.send_untold()
         return True
+
+    def send_untold(self) -> None:
+        """Orders for which there was no room."""
+        while self._untold and self._telling.acquire(blocking=False):
+            try:
+                self._control.send(self._untold[0], _AT_ONCE)
+                self._untold.popleft()
+            except (TimeoutError, RuntimeError):  # no room; or this is a __del__ inside of that very send
+                return
+            except (QueueClosedError, PeerLostError):
+                self._untold.popleft()
+            except IndexError:
+                return
+            finally:
+                self._telling.release()
 
     def forward(self, call: Call, frames: Sequence[Buffer], to_control: bool) -> None:
         """Send frames that somebody else made for `call`, without waiting. Raises as `submit`."""
@@ -164,43 +195,62 @@ class Dispatcher(Replies):
         return self._refusing
 
     def _send(self, call: Call, frames: Sequence[Buffer], deadline: Deadline) -> None:
+        """A user's call. Whatever it may have to wait for is a RpcTimeoutError where it is to be sent _AT_ONCE."""
         if self._refusing:
             raise closed_error()
         if self.before_call is not None:
             if deadline is _AT_ONCE:
-                raise RpcTimeoutError(
-                    f"call {call.call_id} {call.method!r} was not sent: groups are being formed again"
-                )
+                raise RpcTimeoutError(f"call {call.call_id} {call.method!r} was not sent: groups are being re-formed")
             self.before_call(deadline)
+        if self._dead and self.await_heal is not None and any(rank in self._dead for rank in call.targets):
+            # Not pending yet: the death that it waits out is none of its own.
+            healed = self.await_heal(deadline)
+            if deadline is _AT_ONCE and not healed:
+                raise RpcTimeoutError(f"call {call.call_id} {call.method!r} was not sent: a rank is being replaced")
         if len(self._pending) >= self.options.max_in_flight:
             self._await_room(call, deadline)
         self._post(call, frames, deadline, self._requests)
+        if self._finished and not self.lead.is_mine():
+            self._run_callbacks()
 
-    def _post(self, call: Call, frames: Sequence[Buffer], deadline: Deadline, outbox: Outbox) -> None:
+    def _register(self, call: Call) -> None:
         if self._closed:
             raise closed_error()
-        if self._dead and self.await_heal is not None and any(rank in self._dead for rank in call.targets):
-            self.await_heal(deadline)  # not pending yet: the death that it waits out is none of its own
         self.calls += 1
         self._pending[call.call_id] = call  # before the look at the dead: a death from now on is told to this call
         try:
             if self._dead:
                 self._require_alive(call)
-            outbox.send(frames, deadline, self.drain_if_free)
+        except RpcError:
+            self.forget(call)
+            raise
+
+    def _post(self, call: Call, frames: Sequence[Buffer], deadline: Deadline, outbox: Outbox) -> None:
+        self._register(call)
+        try:
+            outbox.send(frames, deadline, self._drain_quietly)
             if self._closed:
                 raise closed_error()
-        except BaseException as exc:
-            self._pending.pop(call.call_id, None)
+        except Exception as exc:
+            self.forget(call)
             translated = self._translated(exc, call, deadline)
             if translated is exc:
                 raise
             raise translated from exc
+        except BaseException:  # Ctrl-C: it may have gone out
+            self.abandon(call, cancelled_error(call))
+            raise
 
     def _await_room(self, call: Call, deadline: Deadline) -> None:
         """Until fewer than max_in_flight calls are under way."""
         while len(self._pending) >= self.options.max_in_flight:
-            with contextlib.suppress(StopIteration, RuntimeError):  # it changes meanwhile
-                self._turn(next(iter(self._pending.values())), deadline)
+            if self.lead.take_or_follow(turn := self.lead.turn(), self._server is not None):
+                try:
+                    self.lead.sleep(lambda: self._look() or len(self._pending) < self.options.max_in_flight, deadline)
+                finally:
+                    self.lead.give()
+            else:
+                self.lead.follow(turn, Deadline.after(deadline.slice(_NEXT_LOOK)))
             self._run_callbacks()
             if deadline.expired():
                 raise RpcTimeoutError(
@@ -242,12 +292,18 @@ class Dispatcher(Replies):
             raise call.timeout_error(deadline.timeout)
 
     def _next_look(self, call: Call, deadline: Deadline) -> Deadline:
-        """Until when to wait next: the deadline, or earlier where the call needs a look before."""
+        """Until when to wait next: the deadline, or earlier where the call is to be logged as slow before."""
         at = call.warn_at
-        if call.grace_at is not None:
-            grace = call.grace_at if call.release_at is None else call.release_at
-            at = grace if at is None else min(at, grace)
         return deadline if at is None or (deadline.at is not None and deadline.at <= at) else Deadline(at, None)
+
+    def _lead_until(self, ready: Callable[[], bool], deadline: Deadline) -> None:
+        """Sleep as the leader; no longer than until a call's grace has to be looked at."""
+        at = self.next_grace() if self._failed else None
+        if self._untold:  # nobody tells when there is room
+            at = time.monotonic() + _NEXT_LOOK
+        if at is not None and (deadline.at is None or at < deadline.at):
+            deadline = Deadline(at, None)
+        self.lead.sleep(ready, deadline)
 
     def poll(self, call: Call) -> bool:
         """Whether `call` is done, after a look at what has arrived."""
@@ -312,7 +368,7 @@ class Dispatcher(Replies):
             self._turn_of_server(call, deadline, server)
         elif self.lead.take_or_follow(call, server is not None):
             try:
-                self.lead.sleep(lambda: self._look() or call.ready, deadline)
+                self._lead_until(lambda: self._look() or call.ready, deadline)
             finally:
                 self.lead.give()
         else:
@@ -323,7 +379,7 @@ class Dispatcher(Replies):
             self.lead.follow(server, deadline)
             return
         try:
-            self.lead.sleep(lambda: self._look() or call.done or self.lead.wanted or server.has_news(), deadline)
+            self._lead_until(lambda: self._look() or call.done or self.lead.wanted or server.has_news(), deadline)
         finally:
             asked = self.lead.wanted
             self.lead.give()
@@ -333,19 +389,31 @@ class Dispatcher(Replies):
     def _look(self) -> bool:
         """Drain; whether the lead has to be given back whatever this thread waits for."""
         self.drain()
+        if self._graced:
+            self._graced = False
+            return True
         return bool(self._finished) or self.lead.claimed
 
     def drain_if_free(self) -> None:
-        """Drain unless another thread leads, and so drains. Called while a full request queue is awaited, too."""
+        """Drain unless another thread leads, and so drains."""
+        self._drain_quietly()
+        if not self.lead.is_mine():
+            self._run_callbacks()
+
+    def _drain_quietly(self) -> None:
+        """Called while a full request queue is awaited, too: without callbacks, which could send through it."""
         if self._closed:
             raise closed_error()
-        if not self.lead.take():
-            return
-        try:
-            self.drain()
-        finally:
-            self.lead.give()
-        self._run_callbacks()
+        if self.lead.take():
+            try:
+                self.drain()
+            finally:
+                self.lead.give()
+
+    def run_callbacks_elsewhere(self) -> None:
+        silent = CallOptions(slow_call_warning=None)
+        call = Call(next(self._ids), "callbacks", (), None, None, _AT_ONCE, silent)
+        self.serve(call)
 
     def _require_alive(self, call: Call) -> None:
         dead: dict[int, Exception] = {rank: self._dead[rank] for rank in call.targets if rank in self._dead}
@@ -361,7 +429,7 @@ class Dispatcher(Replies):
 
     def send_stop(self, deadline: Deadline) -> None:
         """Ask every worker to end its loop after the calls sent so far. Raises as QueueWriter.send."""
-        self._requests.send(wire.encode_stop(self.epoch), deadline, self.drain_if_free)
+        self._requests.send(wire.encode_stop(self.epoch), deadline, self._drain_quietly)
 
     def refuse_calls(self) -> None:
         """From now on `submit` raises GroupClosedError. Calls in flight go on, but for streams, which are cancelled."""

@@ -1,7 +1,7 @@
 """The steps from a checked request to a running group. Runs in the process that the queues are to live in.
 
     reserve bundles -> create actors -> hello (where, which GPUs, does it see our memory)
-      -> ranks -> queues -> start (groups, constructor) -> run -> ready
+      -> ranks -> queues -> start (groups, constructor) -> attach to the queues -> run -> ready
 
 That process is the one that called launch, or a driver actor. Whatever fails on the way, all that was made is taken
 back before the error is raised.
@@ -126,6 +126,7 @@ class _Start:
         placed = self._place(self._meet())
         lines = self._lay_lines(placed)
         started = self._recruiter.start(placed, lines, self._deadline, self._progress)
+        self._recruiter.attach(placed, self._deadline, self._progress)
         self._connect(started)
 
     def _meet(self) -> list[Recruit]:

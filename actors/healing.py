@@ -1,10 +1,11 @@
 """Replaces dead ranks in place: a new process in the same bundle, with the same rank, for the same group.
 
-    make sure the old process is gone -> new actor -> hello -> its places in the queues -> start (constructor)
-      -> run and watch -> the living re-form their coordinator groups, in order with the calls -> open to calls
+    make sure the old process is gone -> new actor -> hello -> start (constructor) -> its places in the queues
+      -> attach to them -> run and watch -> all re-form their coordinator groups, in order with the calls
 
-The living keep their process, memory and state; nothing of theirs is reloaded. Calls to them go on meanwhile. Runs in
-the driver's process, on the thread of the caller, or on one of its own where the group heals by itself.
+The living keep their process, memory and state; nothing of theirs is reloaded. Calls to them go on meanwhile: nobody
+has a place in a queue, and so is waited for, before it reads. Runs in the driver's process, on the thread of the
+caller, or on one of its own where the group heals by itself.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ray_shm.actors.call import closed_error
 from ray_shm.actors.recruiting import Lines, Recruit, Recruiter, attach_replies
 from ray_shm.actors.spec import WORLD, Started
 from ray_shm.deadline import Deadline
-from ray_shm.errors import StartError, WorkerDiedError
+from ray_shm.errors import GroupClosedError, StartError, WorkerDiedError
 from ray_shm.placement import devices
 from ray_shm.placement.topology import RankPlace
 from ray_shm.segment import pid_space
@@ -43,27 +44,45 @@ class Healer:
         self._lock = threading.Lock()
         self.heals = 0  # ranks replaced
         self._deaths = threading.Event()
-        self._whole = threading.Event()  # no rank is dead, or healing by itself has given up
-        self._whole.set()
-        self._thread: threading.Thread | None = None
+        self._change = threading.Condition()  # of what follows, and of who is dead
+        self._noted = 0  # deaths so far
+        self._gave_up = False  # healing by itself, until the next death
         self._stopped = False
+        self._thread: threading.Thread | None = None
         self._end_subscription: Callable[[], None] = lambda: None
 
     def heal(self, timeout: float | None) -> list[int]:
         """Replace every dead rank; see ActorGroup.heal."""
+        if timeout is not None and timeout > threading.TIMEOUT_MAX:  # infinite, say
+            timeout = None
         deadline = Deadline.after(timeout)
-        if self._stopped or self._runtime.closed:
-            raise closed_error()
-        if not self._lock.acquire(timeout=-1 if timeout is None else timeout):
+        self._require_open()
+        if not self._lock.acquire(timeout=deadline.slice(threading.TIMEOUT_MAX)):
             raise StartError(f"another heal() of this group did not end within {timeout} s")
         try:
-            dead = dict(self._runtime.dead)
-            if dead:
-                self._replace(dead, deadline)
-                self.heals += len(dead)
-            return sorted(dead)
+            self._require_open()
+            return self._heal(deadline)
+        except Exception as exc:
+            if self._stopped and not isinstance(exc, GroupClosedError):
+                raise closed_error() from exc
+            raise
         finally:
             self._lock.release()
+            with self._change:
+                self._change.notify_all()
+
+    def _heal(self, deadline: Deadline) -> list[int]:
+        dead = dict(self._runtime.dead)
+        if dead and deadline.expired():
+            raise StartError(f"ranks {sorted(dead)} were not replaced: no time was left of {deadline.timeout} s")
+        if dead:
+            self._replace(dead, deadline)
+            self.heals += len(dead)
+        return sorted(dead)
+
+    def _require_open(self) -> None:
+        if self._stopped or self._runtime.closed:
+            raise closed_error()
 
     # ---- by itself ------------------------------------------------------------------------------------------------
 
@@ -76,24 +95,31 @@ class Healer:
         self._end_subscription = end
 
     def on_death(self) -> None:
-        """A rank has just died."""
-        if self._thread is not None:
-            self._whole.clear()
+        """A rank has just died; nobody else knows yet."""
+        with self._change:
+            self._noted += 1
+            self._gave_up = False
 
     @property
     def healing(self) -> bool:
         """Whether it heals by itself, and has a death to deal with."""
-        return not self._whole.is_set()
+        return self._thread is not None and not (self._gave_up or self._stopped) and bool(self._runtime.dead)
 
-    def _await_whole(self, deadline: Deadline) -> None:
-        self._whole.wait(deadline.remaining())
+    def _await_whole(self, deadline: Deadline) -> bool:
+        """Until no rank is dead, or it has given up; False: the deadline came first. Raises GroupClosedError."""
+        with self._change:
+            whole = self._change.wait_for(lambda: not self.healing, deadline.slice(threading.TIMEOUT_MAX))
+        if self._stopped:
+            raise closed_error()
+        return whole
 
     def stop(self, deadline: Deadline) -> None:
         """The group is being closed: wait for a replacement that is under way, which is then taken back."""
-        self._stopped = True
+        with self._change:
+            self._stopped = True
+            self._change.notify_all()
         self._end_subscription()
         self._deaths.set()
-        self._whole.set()
         if self._lock.acquire(timeout=deadline.slice(AUTO_TIMEOUT)):
             self._lock.release()
         if self._thread is not None and self._thread is not threading.current_thread():
@@ -103,22 +129,25 @@ class Healer:
         while True:
             self._deaths.wait()
             self._deaths.clear()
+            while self.healing:  # again where another one died meanwhile: of that, this thread hears later
+                self._heal_patiently()
             if self._stopped:
                 return
-            self._heal_patiently()
-            if not self._deaths.is_set():
-                self._whole.set()
 
     def _heal_patiently(self) -> None:
         for attempt in range(1, _ATTEMPTS + 1):
+            noted = self._noted
             try:
-                healed = self.heal(AUTO_TIMEOUT)
-                logger.warning("ranks %s had died, and were replaced", healed)
+                if healed := self.heal(AUTO_TIMEOUT):
+                    logger.warning("ranks %s had died, and were replaced", healed)
                 return
             except Exception as exc:  # whatever a constructor raises; the thread has to go on
                 if self._stopped:
                     return
                 logger.error("healing failed, attempt %d of %d: %s", attempt, _ATTEMPTS, exc)
+        with self._change:
+            self._gave_up = self._noted == noted
+            self._change.notify_all()
 
     # ---- the steps ------------------------------------------------------------------------------------------------
 
@@ -134,12 +163,12 @@ class Healer:
         runtime.actors.extend(new.values())
         pids = [None] * len(new)
         try:
+            self._require_open()  # it may have been closed before it knew of these
             recruits = self._meet(new, deadline)
             own_space = pid_space()
             pids = [r.hello.place.pid if r.hello.pid_space == own_space else None for r in recruits.values()]
             self._start({rank: self._place(rank, recruit) for rank, recruit in recruits.items()}, deadline)
-            if self._stopped:
-                raise closed_error()
+            self._require_open()
         except BaseException:
             self._take_back(new, pids, dead)
             raise
@@ -172,17 +201,21 @@ class Healer:
         for rank, (_, recruit) in places.items():
             if runtime.board is not None:
                 runtime.board.clear(rank)
-            runtime.requests.readmit(rank)
-            runtime.control.readmit(rank)
             runtime.ranks[rank].store = recruit.hello.store
         with runtime.releaser.new_epoch() as epoch:
             lines = Lines(runtime.requests.handle, runtime.control.handle, runtime.ranks[0].store, epoch, True)
             started = recruiter.start(places, lines, deadline, logger.info)
-            for rank, (place, recruit) in places.items():
-                self._take_up(rank, place, recruit, started[rank])
-            runtime.dispatcher.epoch += 1
-            living = [rank for rank in runtime.dispatcher.alive if rank not in places]
-            runtime.releaser.order_reform([WORLD, *recruiter.groups], epoch, living, deadline)
+        for rank in places:
+            runtime.requests.readmit(rank)
+            runtime.control.readmit(rank)
+        recruiter.attach(places, deadline, logger.info)
+        for rank, (place, recruit) in places.items():
+            self._take_up(rank, place, recruit, started[rank])
+        runtime.dispatcher.epoch += 1
+        # The replacements, too: the living may have ordered a formation after these started, or since they are back.
+        with runtime.releaser.new_epoch() as epoch:
+            names = [WORLD, *recruiter.groups]
+            runtime.releaser.order_reform(names, epoch, runtime.dispatcher.alive, deadline)
         for rank in list(runtime.dead):  # died meanwhile: the replacements do not know
             runtime.releaser.release_dead(rank, "it died while others were replaced")
         try:
@@ -190,6 +223,9 @@ class Healer:
                 queue.wait_until_ready(deadline)
         except TimeoutError as exc:
             raise StartError(f"the replacements of ranks {sorted(places)} started, but do not listen: {exc}") from exc
+        for rank in places:
+            if rank in runtime.dead:
+                raise StartError(f"rank {rank} died as soon as it was replaced: {runtime.dead[rank]}")
 
     def _take_up(self, rank: int, place: RankPlace, recruit: Recruit, started: Started) -> None:
         """From now on this process is the rank."""
@@ -210,9 +246,13 @@ class Healer:
     ) -> None:
         """The replacements did not come about: their ranks are as dead as before."""
         runtime = self._runtime
-        for rank in new:
-            runtime.watch.remove(rank)
-        termination.kill(list(new.values()), pids)
+        try:
+            for rank in new:
+                runtime.watch.remove(rank)
+        except StartError:  # the group was closed, and freed, meanwhile
+            pass
+        finally:
+            termination.kill(list(new.values()), pids)
         runtime.actors = [actor for actor in runtime.actors if all(actor is not other for other in new.values())]
         for rank in new:
             for queue in (runtime.requests, runtime.control):

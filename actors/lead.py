@@ -75,13 +75,16 @@ class Lead:
     def give(self) -> None:
         """Let a follower take it: all are woken, one takes it, the others follow that one."""
         with self._mutex:
-            self._taken = False
-            self._leader = None
+            self._wake_followers()
             self.wanted = False
-            followers, self._followers = self._followers, []
-        for awaited in followers:
+            self._taken = False
+            self._leader = None  # last: an exception amid this (Ctrl-C) has it done again
+
+    def _wake_followers(self) -> None:
+        for awaited in self._followers:
             if awaited.wakeup is not None:
                 awaited.wakeup.set()
+        self._followers.clear()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -100,6 +103,13 @@ class Lead:
                     self.give()
             finally:
                 self._claim = None
+                with self._mutex:
+                    if not self._taken:  # Ctrl-C before the lead came: those who were turned away may have it
+                        self._wake_followers()
+
+    def turn(self) -> Awaited:
+        """To follow with where one awaits no call of one's own."""
+        return _Turn()
 
     def sleep(self, ready: Callable[[], bool], deadline: Deadline) -> None:
         """The leader's wait."""

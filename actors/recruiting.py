@@ -22,6 +22,7 @@ from ray_shm.handle import Handle
 from ray_shm.placement.bundles import Reservation, WorkerResources
 from ray_shm.placement.topology import RankPlace
 from ray_shm.queue_reader import QueueReader
+from ray_shm.ring import Buffer
 from ray_shm.segment import SegmentRef, pid_space
 
 Progress = Callable[[str], None]
@@ -104,7 +105,7 @@ class Recruiter:
     ) -> dict[int, Started]:
         """Have them become ranks; rank → answer. Raises StartError, with what a constructor raised in `failures`."""
         own_space = pid_space()
-        refs, labels = [], []
+        refs = []
         for rank, (place, recruit) in recruits.items():
             visible = recruit.hello.pid_space == own_space
             spec = StartSpec(
@@ -123,9 +124,17 @@ class Recruiter:
                 driver_nice=os.getpriority(os.PRIO_PROCESS, 0) if visible else None,
             )
             refs.append(recruit.actor.start.remote(spec))
-            labels.append(f"rank {rank} (pid {place.place.pid}, node {place.place.node_ip})")
-        answers = gather(refs, labels, "start", deadline, progress, _failure)
+        answers = gather(refs, _labels(recruits), "start", deadline, progress, _failure)
         return dict(zip(recruits, answers, strict=True))
+
+    def attach(self, recruits: Mapping[int, tuple[RankPlace, Recruit]], deadline: Deadline, progress: Progress) -> None:
+        """Have those that started read their requests, which must have a place for each of them. Raises StartError."""
+        refs = [recruit.actor.attach.remote() for _, recruit in recruits.values()]
+        gather(refs, _labels(recruits), "attach to its queues", deadline, progress, _attach_failure)
+
+
+def _labels(recruits: Mapping[int, tuple[RankPlace, Recruit]]) -> list[str]:
+    return [f"rank {rank} (pid {p.place.pid}, node {p.place.node_ip})" for rank, (p, _) in recruits.items()]
 
 
 def _failure(answer: Started, position: int) -> tuple[str, BaseException] | None:
@@ -133,6 +142,10 @@ def _failure(answer: Started, position: int) -> tuple[str, BaseException] | None
     if not answer.error:
         return None
     return answer.stage, wire.decode_reply(answer.error).error()
+
+
+def _attach_failure(answer: list[Buffer], position: int) -> tuple[str, BaseException] | None:
+    return ("attaching to its queues", wire.decode_reply(answer).error()) if answer else None
 
 
 def attach_replies(rank: int, answer: Started) -> QueueReader:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -20,7 +21,7 @@ from ray_shm.actors.call import Call
 from ray_shm.actors.dispatcher import Dispatcher
 from ray_shm.actors.spec import Reform
 from ray_shm.deadline import Deadline
-from ray_shm.errors import RayShmError, RpcCancelledError, RpcError
+from ray_shm.errors import RayShmError, RpcCancelledError, RpcError, RpcTimeoutError
 
 logger = logging.getLogger("ray_shm")
 
@@ -38,12 +39,14 @@ class Releaser:
         self._dispatcher = dispatcher
         self._store = store
         self._lock = threading.RLock()
-        self._asked: list[Call] = []  # RELEASE orders whose answers are awaited
-        self._broken: set[str] = set()
+        self._asked: deque[Call] = deque()  # RELEASE orders whose answers are awaited
+        self._broken: set[str] = set()  # names of groups
+        self._all_broken = False  # it is not known which
         self._epoch = 0
         dispatcher.on_failure = self.release_others
         dispatcher.on_late_failure = self.release_left_behind
         dispatcher.on_cancel = self.release_cancelled
+        dispatcher.on_peer_lost = self.peer_lost
 
     def release_others(self, call: Call) -> None:
         """Ranks of `call` raised, and others are still in it: free those that wait for them. By the leader."""
@@ -70,35 +73,53 @@ class Releaser:
         dead = sorted({rank, *self._dispatcher.dead})  # all: the order after another death may not have been sent
         self._ask([r for r in self._dispatcher.alive if r != rank], dead, f"rank {rank} is gone: {why}", 0, True)
 
+    def peer_lost(self) -> None:
+        """A rank failed for want of another: a group of it is of no use any more, whoever released it."""
+        self._all_broken = True
+        self._dispatcher.before_call = self.settle
+
     def settle(self, deadline: Deadline) -> None:
-        """Have the groups that were released formed again, ahead of the next call. Dispatcher.before_call."""
-        with self._lock:
-            self._dispatcher.before_call = None
+        """Have the groups that were released formed again, ahead of the next call. Dispatcher.before_call.
+
+        Raises:
+            RpcTimeoutError: other threads are at it for longer than the call may take. What submit_order raises.
+        """
+        dispatcher = self._dispatcher
+        if not self._lock.acquire(timeout=-1 if deadline.at is None else deadline.slice(threading.TIMEOUT_MAX)):
+            raise RpcTimeoutError(f"no call was sent within {deadline.timeout} s: groups are being formed again")
+        try:
+            if dispatcher.before_call is None:
+                return  # somebody has done it meanwhile
             self._take_answers(Deadline.after(deadline.slice(ANSWER_WAIT)))
-            names, self._broken = sorted(self._broken), set()
-            if names:
+            dispatcher.before_call = None  # what breaks from now on sets it again
+            names, everything = sorted(self._broken), self._all_broken
+            self._broken, self._all_broken = set(), False
+            if names or everything:
                 self._epoch += 1
-                self.order_reform(names, self._epoch, self._dispatcher.alive, deadline)
+                self.order_reform([] if everything else names, self._epoch, dispatcher.alive, deadline)
+        finally:
+            self._lock.release()
 
     @contextlib.contextmanager
     def new_epoch(self) -> Iterator[int]:
-        """The number of a formation of all groups that the caller is about to order; what was broken is settled."""
+        """The number of a formation of all groups that the caller is about to order."""
         with self._lock:
             self._epoch += 1
-            self._asked, self._broken = [], set()
-            yield self._epoch
+            epoch = self._epoch
+        yield epoch
 
     def order_reform(self, names: Sequence[str], epoch: int, ranks: Sequence[int], deadline: Deadline) -> None:
-        """Order `ranks` to form `names` again, in order with the calls; not those that die meanwhile.
+        """Order `ranks` to form `names` ([]: all) again, in order with the calls; not those that die meanwhile.
 
         Raises as Dispatcher.submit, but for deaths.
         """
-        while ranks := self._living(ranks):
-            order = Reform(list(names), epoch, self._store(), sorted(self._dispatcher.dead))
-            with contextlib.suppress(RpcError):  # one has just died
-                call = self._dispatcher.submit_order(wire.REFORM, "re-form groups", order, ranks, deadline)
-                call.callbacks.append(partial(_log_failures, call, "form its groups again"))
-                return
+        with self._lock:  # a formation that was begun earlier is ordered earlier, or by who knows all its ranks
+            while ranks := self._living(ranks):
+                order = Reform(list(names), epoch, self._store(), sorted(self._dispatcher.dead))
+                with contextlib.suppress(RpcError):  # one has just died
+                    call = self._dispatcher.submit_order(wire.REFORM, "re-form groups", order, ranks, deadline)
+                    call.callbacks.append(partial(_log_failures, call, "form its groups again"))
+                    return
 
     def _living(self, ranks: Sequence[int]) -> list[int]:
         return [rank for rank in ranks if rank not in self._dispatcher.dead]
@@ -116,13 +137,16 @@ class Releaser:
                 self._dispatcher.before_call = self.settle
 
     def _take_answers(self, deadline: Deadline) -> None:
-        asked, self._asked = self._asked, []
-        for order in asked:
+        while self._asked:
+            order = self._asked[0]  # a callback that runs in the wait may come here, too
             with contextlib.suppress(RayShmError, TimeoutError):
                 self._dispatcher.wait(order, deadline)
-            _log_failures(order, "release its groups")
+            with contextlib.suppress(ValueError):
+                self._asked.remove(order)
             for names in order.results.values():
                 self._broken.update(names)
+            if not order.done or order.failures:  # its answer may come late, or never: REFORM is queued behind it
+                self._all_broken = True
 
 
 def _log_failures(order: Call, what: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,8 @@ from ray_shm.errors import PeerLostError, WorkerDiedError
 from ray_shm.futex import Word
 from ray_shm.queue_reader import QueueReader
 from ray_shm.ring import Bell, Buffer
+
+_PEER_LOST = "PeerLostError"
 
 
 class Source(Protocol):
@@ -40,6 +43,7 @@ class Replies:
         lead: who waits. dropped: replies that nobody waited for any more.
         on_failure: called with a call of which ranks failed while others are still awaited, by the leader.
         on_late_failure: called with a failure that nobody waited for any more, by the leader.
+        on_peer_lost: called when a rank has failed for want of another, in a collective, say; by the leader.
         on_news: called with what a driver actor tells its clients, by the leader.
         on_death: called with each death once the calls know of it, by the leader.
     """
@@ -49,6 +53,7 @@ class Replies:
         self.dropped = 0
         self.on_failure: Callable[[Call], None] | None = None
         self.on_late_failure: Callable[[wire.Reply], None] | None = None
+        self.on_peer_lost: Callable[[], None] | None = None
         self.on_news: Callable[[Any], None] | None = None
         self.on_death: Callable[[WorkerDiedError], None] | None = None
         self._every_rank = range(world_size)
@@ -60,6 +65,9 @@ class Replies:
         self._deaths: deque[WorkerDiedError] = deque()  # reported, and not yet told to the calls
         self._fatal: Exception | None = None
         self._finished: deque[Call] = deque()  # calls whose callbacks are due, once the lead is given back
+        self._calling_back: set[int] = set()  # threads that run callbacks
+        self._taken = False  # the reply at hand has changed its call
+        self._graced = False  # a call has newly got a grace: the leader has to look earlier than it thought
         self._lost: set[int] = set()  # ranks whose reply queue cannot be read any more
         self._failed: list[Call] = []  # calls with a failure whose other ranks still have time
         for rank, reader in readers.items():
@@ -84,7 +92,9 @@ class Replies:
                 self._read_from(rank, reader)
             self._lost.discard(rank)
             self._dead.pop(rank, None)
-        self._run_callbacks()
+            finished = bool(self._finished)
+        if finished:  # not here: the caller holds locks that a callback may want
+            self.run_callbacks_elsewhere()
 
     def _read_from(self, rank: int, reader: QueueReader) -> None:
         if reader.shm is not None:
@@ -94,10 +104,15 @@ class Replies:
         """Complete calls with all that has arrived. By the leader only."""
         for rank, readable, reader in self._local:
             while readable() and rank not in self._lost and (frames := self._next_frames(rank, reader)) is not None:
+                self._taken = False
                 try:
                     self._accept(frames, reader.owned)
-                finally:
-                    reader.release()
+                except BaseException as exc:
+                    # Ctrl-C amid the unpickling of another thread's result: the next leader takes it anew.
+                    if self._taken or isinstance(exc, Exception):
+                        reader.release()
+                    raise
+                reader.release()
         for source in self._sources:
             for frames in source.take():
                 self._accept(frames, True)
@@ -123,6 +138,8 @@ class Replies:
             if self.on_news is not None:
                 self.on_news(reply.result())
             return
+        if reply.status == wire.FAILED and self.on_peer_lost is not None and reply.what().startswith(_PEER_LOST):
+            self.on_peer_lost()
         call = self._pending.get(reply.call_id)
         if call is None or call.done:
             self.dropped += 1  # nobody waits for it: the call timed out, was cancelled, or has failed already
@@ -130,10 +147,17 @@ class Replies:
                 self.on_late_failure(reply)
             return
         call.take(reply)
+        self._taken = True
         if call.done:
             self._settle(call)
         elif call.failures and call not in self._failed:
             self._failed.append(call)
+            self._graced = True
+
+    def next_grace(self) -> float | None:
+        """time.monotonic() when a call with failures needs the next look; None: there is none. By the leader."""
+        times = [call.grace_at if call.release_at is None else call.release_at for call in self._failed]
+        return min((at for at in times if at is not None), default=None)
 
     def _look_at_failed(self) -> None:
         now = time.monotonic()
@@ -199,13 +223,24 @@ class Replies:
             self._settle(call)
 
     def _run_callbacks(self) -> None:
-        """Of the calls that ended while this thread led; never while it leads."""
-        while self._finished:
-            with contextlib.suppress(IndexError):
-                self._finished.popleft().run_callbacks()
+        """Of the calls that ended while this thread led; never while it leads, nor inside of a callback."""
+        me = threading.get_ident()
+        if not self._finished or me in self._calling_back:
+            return
+        self._calling_back.add(me)
+        try:
+            while self._finished:
+                with contextlib.suppress(IndexError):
+                    self._finished.popleft().run_callbacks()
+        finally:
+            self._calling_back.discard(me)
 
     def _forget_rank(self, rank: int) -> None:
         """Send nothing to it any more."""
+        raise NotImplementedError
+
+    def run_callbacks_elsewhere(self) -> None:
+        """On the thread for callbacks."""
         raise NotImplementedError
 
     def _let_go(self) -> None:

@@ -216,7 +216,7 @@ class GroupRuntime:
         self.closed = True
         self._stop_watching()
         with contextlib.suppress(Exception):
-            termination.kill(self.actors, self._local_pids())
+            termination.kill(self.actors, self._local_pids(self.actors))
         self._free()
 
     def close(self, timeout: float | None = CLOSE_TIMEOUT) -> None:
@@ -231,23 +231,24 @@ class GroupRuntime:
                 return
             self.closed = True
             deadline = Deadline.after(timeout)
+            self.dispatcher.refuse_calls()
             if self.healer is not None:
                 self.healer.stop(deadline)
-            self.dispatcher.refuse_calls()
             self._stop_watching()  # from here on the workers' ends are expected
-            ended = [False] * len(self.actors)
+            actors = list(self.actors)  # a heal that has not ended in time takes back what it adds to them
+            ended = [False] * len(actors)
             try:
-                ended = self._finish_calls(deadline)
+                ended = self._finish_calls(actors, deadline)
             finally:  # also on Ctrl-C
                 try:
-                    termination.end(self.actors, self._local_pids(), ended, deadline)
+                    termination.end(actors, self._local_pids(actors), ended, deadline)
                 finally:
                     self._free()
         finally:
             self._close_lock.release()
 
-    def _finish_calls(self, deadline: Deadline) -> list[bool]:
-        """Ask the workers to stop after the calls already sent; for each actor, whether its loop has ended."""
+    def _finish_calls(self, actors: Sequence[Any], deadline: Deadline) -> list[bool]:
+        """Ask the workers to stop after the calls already sent; for each of `actors`, whether its loop has ended."""
         with contextlib.suppress(RayShmError, TimeoutError):
             self.dispatcher.send_stop(Deadline.after(deadline.slice(_STOP_SEND)))
         dead = self.dispatcher.dead  # where a raylet was killed, Ray takes seconds to say so
@@ -259,13 +260,13 @@ class GroupRuntime:
             self.dispatcher.drain_if_free()
             if deadline.expired():
                 break
-        return [actor in run_of and run_of[actor] not in waiting for actor in self.actors]
+        return [actor in run_of and run_of[actor] not in waiting for actor in actors]
 
-    def _local_pids(self) -> list[int | None]:
-        """Of each actor, where its pid means something here."""
+    def _local_pids(self, actors: Sequence[Any]) -> list[int | None]:
+        """Of each of `actors`, where its pid means something here."""
         dead = self.dead  # their pids may be others' by now
         pids = {e.actor: e.place.place.pid for rank, e in self.ranks.items() if e.visible and rank not in dead}
-        return [pids.get(actor) for actor in self.actors]
+        return [pids.get(actor) for actor in actors]
 
     def _stop_watching(self) -> None:
         if self._watch is not None:

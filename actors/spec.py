@@ -36,7 +36,7 @@ class StartSpec:
 
     Attributes:
         worker: pickle of (class, args, kwargs) of the user's worker. requests: queue of requests to all ranks.
-        control: queue of orders to all ranks' control threads.
+        control: queue of orders to all ranks' control threads. It attaches to both later, when told to.
         replies_local: the driver reads this rank's replies through shared memory. store: where rank 0 serves the store.
         lazy_groups: the declared groups connect when first used, not before the constructor.
         driver_pid, driver_nice: the driver's process id and niceness, where this worker can see it, else None.
@@ -73,7 +73,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Reform:
-    """An order to form the coordinator groups `names` again as `epoch`, on the store at `store`.
+    """An order to form the coordinator groups `names` ([]: all) again as `epoch`, on the store at `store`.
 
     dead: ranks that are gone; a group with one of them is of no use before the next formation.
     """

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import Any
 
 from ray_shm.actors import wire
 from ray_shm.actors.call import StreamCall, cancelled_error
 from ray_shm.actors.dispatcher import Dispatcher
 from ray_shm.actors.worker_loop import STREAM_WINDOW
-from ray_shm.errors import RpcCancelledError
+from ray_shm.errors import GroupClosedError, RpcCancelledError
 
 _GRANT = STREAM_WINDOW // 2  # items taken between two messages to the worker
+_RETRY = 0.05  # seconds until a message for which there was no room is tried again
 
 
 class RpcStream:
@@ -28,8 +31,12 @@ class RpcStream:
     def __init__(self, dispatcher: Dispatcher, call: StreamCall) -> None:
         self._dispatcher = dispatcher
         self._call = call
-        self._taken: dict[int, int] = {}  # rank → items taken and not yet told to it
+        self._taken: dict[int, int] = {}  # rank → items taken in all
+        self._owed: set[int] = set()  # ranks that are to be told of it
         self._over = False
+        call.callbacks.append(partial(_stop_the_rest, dispatcher, call))  # not a method: `__del__` has to come
+        if call.done:
+            call.run_callbacks()
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         return self
@@ -44,9 +51,10 @@ class RpcStream:
         if self._over:
             raise StopIteration
         call = self._call
+        self._pay()
         while not call.ready:
             try:
-                self._dispatcher.wait_once(call, call.deadline)
+                self._wait_once()
             except BaseException:
                 self.close()
                 raise
@@ -55,6 +63,13 @@ class RpcStream:
         self._end()
         raise StopIteration
 
+    def _wait_once(self) -> None:
+        if not self._owed:
+            self._dispatcher.wait_once(self._call, self._call.deadline)
+        elif not self._dispatcher.poll(self._call) and not self._call.ready:
+            time.sleep(_RETRY)  # nothing tells when there is room, and without its credit the rank sends nothing
+            self._pay()
+
     def __aiter__(self) -> AsyncIterator[tuple[int, Any]]:
         return self
 
@@ -62,6 +77,7 @@ class RpcStream:
         """As `__next__`, without blocking the event loop; ends with StopAsyncIteration."""
         if self._over:
             raise StopAsyncIteration
+        self._pay()
         if not self._call.ready:
             await self._news()
         if self._call.items:
@@ -81,8 +97,12 @@ class RpcStream:
         self._dispatcher.on_done(call, tell)  # serves the call, too
         try:
             while not call.ready:
+                retry = loop.call_later(_RETRY, came.set) if self._owed else None
                 await came.wait()
                 came.clear()
+                if retry is not None:
+                    retry.cancel()
+                    self._pay()
         except asyncio.CancelledError:
             self.close()
             raise
@@ -96,7 +116,8 @@ class RpcStream:
         if not self._over:
             self._over = True
             self._call.items.clear()
-            self._dispatcher.abandon(self._call, cancelled_error(self._call))
+            if not self._call.done:
+                self._dispatcher.abandon(self._call, cancelled_error(self._call))
 
     async def aclose(self) -> None:
         """As `close`, which does not wait."""
@@ -104,17 +125,23 @@ class RpcStream:
 
     def _take(self) -> tuple[int, Any]:
         rank, item = self._call.items.popleft()
-        taken = self._taken.get(rank, 0) + 1
-        due = taken >= _GRANT and rank in self._call.missing
-        if due and self._dispatcher.tell(wire.CREDIT, self._call.call_id, [rank], taken):
-            taken = 0  # else there is no room for it now: it is said with the next item
-        self._taken[rank] = taken
+        taken = self._taken[rank] = self._taken.get(rank, 0) + 1
+        if taken % _GRANT == 0:
+            self._owed.add(rank)
+            self._pay()
         return rank, item
+
+    def _pay(self) -> None:
+        """Tell ranks how many of their items have been taken. Those for which there is no room now stay owed."""
+        call = self._call
+        for rank in list(self._owed):
+            over = call.done or rank not in call.missing
+            if over or self._dispatcher.tell(wire.CREDIT, call.call_id, [rank], self._taken[rank]):
+                self._owed.discard(rank)
 
     def _end(self) -> None:
         """Every item has been taken, and no more will come. Raises what ended the stream, if not its end."""
         self._over = True
-        self._dispatcher.abandon_rest(self._call)
         with contextlib.suppress(RpcCancelledError):  # closed in another thread
             self._call.outcome()
 
@@ -131,3 +158,9 @@ class RpcStream:
     def __repr__(self) -> str:
         state = "closed" if self._over else f"open on ranks {sorted(self._call.missing)}"
         return f"<RpcStream of call {self._call.call_id} {self._call.method!r}: {state}>"
+
+
+def _stop_the_rest(dispatcher: Dispatcher, call: StreamCall) -> None:
+    """The call has ended: so do its generators, also where the consumer never comes back."""
+    if call.missing and not isinstance(call.over, RpcCancelledError | GroupClosedError):  # who gave it up has told them
+        dispatcher.abandon_rest(call)

@@ -246,6 +246,10 @@ class Reply:
         """Raises whatever unpickling raises."""
         return codec.decode(self.frames, _REPLY.size, self.owned)
 
+    def what(self) -> str:
+        """Of a failure: "ValueError: text", without a look at the exception itself."""
+        return str(codec.decode(self.frames[:1], _REPLY.size)[0])
+
     def error(self) -> Exception:
         """The worker's exception, its traceback as the cause."""
         what, text, is_exit = codec.decode(self.frames[:1], _REPLY.size)

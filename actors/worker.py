@@ -1,9 +1,9 @@
 """The Ray actor that a rank is: it starts the user's worker and then serves calls on its main thread.
 
 Runs in the worker process. Life: `hello` (where am I, do I see the driver's memory), `start` (context, groups, the
-user's constructor), `run` (worker_loop.py, until a stop request), end. While `run` blocks the main thread no other
-method of the actor runs. Two small threads stand beside it: one watches the raylet and the driver, and ends the process
-when either is gone; the control thread (control.py) answers and cancels.
+user's constructor), `attach` (to the queues of requests), `run` (worker_loop.py, until a stop request), end. While
+`run` blocks the main thread no other method of the actor runs. Two small threads stand beside it: one watches the
+raylet and the driver, and ends the process when either is gone; the control thread (control.py) answers and cancels.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from ray_shm.placement.devices import current_place
 from ray_shm.placement.ports import HeldPort
 from ray_shm.queue_reader import QueueReader
 from ray_shm.queue_writer import QueueWriter
+from ray_shm.ring import Buffer
 from ray_shm.segment import AttachError, SegmentRef, pid_space
 from ray_shm.store import GroupStore
 
@@ -39,7 +40,7 @@ _REPLY_RING = 256 << 10  # bytes; with a request ring of 1 MiB, a group of 8 hol
 
 
 class WorkerActor:
-    """Ray calls `hello`, `start`, `run`, in this order, once each."""
+    """Ray calls `hello`, `start`, `attach`, `run`, in this order, once each."""
 
     def __init__(self, bundle_index: int) -> None:
         codec.use_cloudpickle(ray.cloudpickle)
@@ -63,13 +64,28 @@ class WorkerActor:
     def start(self, spec: StartSpec) -> Started:
         """Become a rank. What the user's constructor raises is returned, not raised: Ray would rewrap it."""
         begun = time.monotonic()
-        self._stage = "attaching to the queues"
+        self._stage = "making its reply queue"
         try:
             handle = self._start(spec)
         except BaseException as exc:
             error = wire.encode_failure(0, spec.epoch, spec.rank.rank, exc)
             return Started(None, error, self._stage, time.monotonic() - begun, -1)
         return Started(handle, [], self._stage, time.monotonic() - begun, self._stacks.fd)
+
+    def attach(self) -> list[Buffer]:
+        """Read what is sent from now on. Not before the constructor has ended, which may take minutes: whoever has
+        attached is waited for once the ring is full. Returns the frames of the error that this raised, or none."""
+        spec = self._spec
+        rank = spec.rank.rank
+        try:
+            requests = QueueReader(spec.requests, rank, _MAIN_PARK)
+            orders = QueueReader(spec.control, rank, _CONTROL_PARK)
+            self._loop = WorkerLoop(self._worker, rank, requests, self._replies, self._row, self._reform)
+            del self._worker
+            self._control = ControlThread(orders, rank, self._loop, self._row, self._groups)
+        except BaseException as exc:
+            return wire.encode_failure(0, spec.epoch, rank, exc)
+        return []
 
     def run(self) -> None:
         """Serve calls until the driver says stop, or is gone."""
@@ -91,21 +107,17 @@ class WorkerActor:
         # The kernel tells the driver of this thread's end through it, before it tears down the process's memory.
         self._held = None if self._board is None else death_word.hold(self._board.memory, StatusBoard.slot(rank))
         self._stacks = StackFile()
-        requests = QueueReader(spec.requests, rank, _MAIN_PARK)
-        orders = QueueReader(spec.control, rank, _CONTROL_PARK)
         ends = ([0], []) if spec.replies_local else ([], [0])
         # It wakes nobody: the driver sleeps on the request queue's bell, which the loop rings after each request.
-        replies = QueueWriter(*ends, _CHUNK_BYTES, _CHUNKS, ip, wakes=False, ring_bytes=_REPLY_RING)
+        self._replies = QueueWriter(*ends, _CHUNK_BYTES, _CHUNKS, ip, wakes=False, ring_bytes=_REPLY_RING)
         self._stage = "forming its coordinator groups"
         self._make_groups()
         set_context(self._context())
         self._stage = "its constructor"
         cls, args, kwargs = codec.decode([spec.worker])
         args, kwargs = wire.join_scatter(args, kwargs, kwargs.pop(wire.OWN_VALUES))
-        self._loop = WorkerLoop(cls(*args, **kwargs), rank, requests, replies, self._row, self._reform)
-        self._control = ControlThread(orders, rank, self._loop, self._row, self._groups)
-        self._stage = "running"
-        return replies.handle
+        self._worker = cls(*args, **kwargs)
+        return self._replies.handle
 
     def _status_row(self, rank: int) -> StatusRow:
         """Its row of the driver's board, or one of its own where it cannot reach that."""
@@ -122,7 +134,7 @@ class WorkerActor:
             if old is not None:
                 old.close()
         self._spec = replace(self._spec, epoch=order.epoch)
-        for name in order.names:
+        for name in order.names or list(self._groups):
             if name in self._groups:
                 group = self._groups[name]
                 group.reform(order.epoch, self._open_store)

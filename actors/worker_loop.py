@@ -31,7 +31,7 @@ class WorkerLoop:
         reform: what a REFORM request calls, with its payload.
 
     Attributes:
-        cancellation: for the control thread to cancel calls. stream: id of the call whose items are sent, 0: none.
+        cancellation: for the control thread to cancel calls.
     """
 
     def __init__(
@@ -51,8 +51,7 @@ class WorkerLoop:
         self._reform = reform
         self._asyncio: asyncio.AbstractEventLoop | None = None
         self.cancellation = Cancellation(rank)
-        self.stream = 0
-        self._credits: SimpleQueue[int] = SimpleQueue()
+        self._credits: _Credits | None = None  # of the stream whose items are sent
         shm = requests.shm
         self._ring_driver: Callable[[], None] = shm.ring.bell.ring if shm is not None else lambda: None
 
@@ -85,11 +84,11 @@ class WorkerLoop:
     def ring(self) -> None:
         self._ring_driver()
 
-    def grant(self, call_id: int, items: int) -> None:
-        """The stream's consumer has taken so many items. By the control thread."""
-        if self.stream == call_id:
-            for _ in range(items):
-                self._credits.put(call_id)
+    def grant(self, call_id: int, taken: int) -> None:
+        """The stream's consumer has taken so many items in all. By the control thread."""
+        credits = self._credits
+        if credits is not None and credits.call_id == call_id:
+            credits.grant(taken)
 
     def _serve_one(self) -> bool:
         self._requests.await_message(_NEVER)
@@ -142,7 +141,7 @@ class WorkerLoop:
                 return self._run(request, *call)
             finally:
                 cancellation.running = 0
-                self.stream = 0
+                self._credits = None
         except BaseException as exc:  # SystemExit and KeyboardInterrupt, too: the worker lives
             return self._failure(request, exc, call)
 
@@ -168,8 +167,7 @@ class WorkerLoop:
         """Run an async method to its end. One event loop for the worker's life: what was started there goes on."""
         if self._asyncio is None:
             self._asyncio = asyncio.new_event_loop()
-        loop = self._asyncio
-        return self.cancellation.run_task(loop, loop.create_task(_coroutine(awaitable)))
+        return self.cancellation.run_task(self._asyncio, _coroutine(awaitable))
 
     # ---- streams --------------------------------------------------------------------------------------------------
 
@@ -180,30 +178,30 @@ class WorkerLoop:
                 f"{method!r} returned {type(items).__name__}, not a generator: its items cannot be streamed; "
                 "call it with collective_rpc"
             )
-        self._credits = SimpleQueue()
-        for _ in range(STREAM_WINDOW):
-            self._credits.put(0)
-        self.stream = request.call_id
+        credits = self._credits = _Credits(request.call_id)
         try:
             while True:
-                self._credits.get()  # a cancel breaks this wait, too
+                self.cancellation.require_running(request.call_id)
+                credits.take()  # a cancel breaks this wait, too
                 try:
                     item = self._await(anext(items)) if is_async else next(items)
                 except (StopIteration, StopAsyncIteration):
                     return
                 frames = self._encode(request, method, item, wire.ITEM)
-                self._send_item(frames)
+                self._send_item(request.call_id, frames)
         finally:
             self._close_generator(items, is_async)
 
-    def _send_item(self, frames: list[Buffer]) -> None:
+    def _send_item(self, call_id: int, frames: list[Buffer]) -> None:
         """A reply sent while the call runs: a cancel that comes meanwhile waits until it is out, whole."""
-        call_id, self.cancellation.running = self.cancellation.running, 0
+        cancellation = self.cancellation
+        cancellation.require_running(call_id)
+        cancellation.running = 0
         self.reply(frames)
         self._ring_driver()
-        self.cancellation.running = call_id
-        if self.cancellation.pending:
-            self.cancellation.check(call_id)
+        cancellation.running = call_id
+        if cancellation.pending:
+            cancellation.check(call_id)
 
     def _close_generator(self, items: Any, is_async: bool) -> None:
         if is_async:
@@ -241,6 +239,27 @@ class WorkerLoop:
             if not n.startswith("_") and callable(own.get(n, getattr(cls, n, None)))
         ]
         return f"worker class {cls.__name__} has no method {name!r}; it has: {', '.join(methods) or 'none'}"
+
+
+class _Credits:
+    """What a stream's generator needs to go on, one for each item."""
+
+    def __init__(self, call_id: int) -> None:
+        self.call_id = call_id
+        self._granted = 0
+        self._queue: SimpleQueue[None] = SimpleQueue()
+        for _ in range(STREAM_WINDOW):
+            self._queue.put(None)
+
+    def grant(self, taken: int) -> None:
+        """So many items have been taken in all; hearing it twice, or late, does no harm. By the control thread."""
+        while self._granted < taken:
+            self._granted += 1
+            self._queue.put(None)
+
+    def take(self) -> None:
+        """Wait for one. By the main thread."""
+        self._queue.get()
 
 
 async def _coroutine(awaitable: Any) -> Any:

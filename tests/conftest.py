@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import gc
 import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 # Before anything imports ray: a hang shows its stacks, and nothing is sent or fetched.
 faulthandler.enable()
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; children would ignore it, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.update(
     dict([leaks.MARK.split("=", 1)]),
     HF_HUB_OFFLINE="1",

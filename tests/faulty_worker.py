@@ -65,7 +65,7 @@ class OnPickling:
 
 
 class Faulty:
-    """`orders`: a file with what the victim's constructor does: "fail", "kill PID", or an act; none: nothing."""
+    """`orders`: a file with what the victim's constructor does: "kill PID", "await GATE", or an act; none: nothing."""
 
     def __init__(self, orders: str = "") -> None:
         self.number = ray_shm.get_context().rank
@@ -75,6 +75,10 @@ class Faulty:
             order = Path(orders).read_text()
             if order.startswith("kill "):
                 os.kill(int(order.split()[1]), signal.SIGKILL)
+            elif order.startswith("await "):
+                gate = order.split()[1]
+                Path(f"{gate}.reached").touch()
+                await_gate(gate)
             else:
                 act(order)
 

@@ -10,6 +10,13 @@ import time
 import ray_shm
 
 
+class Broken:
+    """Can be pickled, not unpickled."""
+
+    def __reduce__(self):
+        return int, ("broken",)
+
+
 class Waits:
     def __init__(self):
         self.log = []
@@ -94,6 +101,50 @@ class Waits:
                 yield i
         finally:
             self.log.append("async generator closed")
+
+    def broken_items(self):
+        yield Broken()
+        yield from self.items(10**9)
+
+    def stubborn_items(self):
+        i = 0
+        while True:
+            try:
+                yield i
+                i += 1
+                self.log.append("asleep")
+                time.sleep(600)
+            except Exception as exc:
+                self.log.append(type(exc).__name__)
+
+    async def astubborn_items(self):
+        i = 0
+        while True:
+            try:
+                yield i
+                i += 1
+                self.log.append("asleep")
+                await asyncio.sleep(600)
+            except asyncio.CancelledError as exc:
+                self.log.append(type(exc).__name__)
+
+    async def begin_background(self):
+        async def compute():
+            try:
+                while True:
+                    until = time.monotonic() + 0.05
+                    while time.monotonic() < until:
+                        pass
+                    await asyncio.sleep(0)
+            except ray_shm.RpcCancelledError:
+                self.log.append("the background task was hit")
+
+        self.background = asyncio.get_running_loop().create_task(compute())
+
+    async def end_background(self):
+        alive = not self.background.done()
+        self.background.cancel()
+        return alive
 
     def one(self):
         yield threading.Lock()

@@ -7,6 +7,7 @@
 | any step of a call × exception, SIGKILL, SIGSTOP, exit   | test_crash_table.py                                     |
 | worker killed: segfault, stack overflow, out of memory   | here                                                    |
 | several deaths, rank 0, deaths during heal, auto_heal    | here                                                    |
+| calls, other heals, a close while a rank is replaced     | test_healing.py                                         |
 | rank raises while others sit in a coordinator collective | test_crash_table.py, test_coordinator_release.py; here: |
 |                                                          | with nobody looking, after timeouts and cancels         |
 | worker stuck                                             | test_crash_table.py (stopped); here: at work            |

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import gc
 import logging
 import os
@@ -15,6 +16,7 @@ import pytest
 from inflight_worker import Waits
 
 import ray_shm
+from ray_shm.actors import cancellation, wire
 
 SIZE = 3
 RANKS = list(range(SIZE))
@@ -191,6 +193,118 @@ def test_ctrl_c_in_the_caller_cancels_the_call(group):
     assert group.collective_rpc("recall") == [["RpcCancelledError"]] * SIZE
 
 
+def test_a_cancel_hits_the_call_and_not_a_background_task(group):
+    group.collective_rpc("begin_background")
+    future = group.collective_rpc("asleep", args=(LONG,), non_block=True)
+    await_running(group, "asleep")
+    assert future.cancel()
+    assert group.collective_rpc("end_background", HANG) == [True] * SIZE
+    assert group.collective_rpc("recall") == [["cancelled in an await"]] * SIZE
+
+
+@pytest.fixture
+def own_cancellation():
+    """Of this process, as if it were a worker that runs call 5."""
+    cancel = cancellation.Cancellation(0)
+    cancel.running = 5
+    yield cancel
+    cancel.close()
+
+
+def test_a_cancel_in_a_background_tasks_turn_is_for_the_call(own_cancellation):
+    told = []
+
+    async def background():
+        own_cancellation.cancel(5, "now")  # the signal comes here
+        told.append("goes on")
+
+    async def call():
+        other = asyncio.get_running_loop().create_task(background())
+        try:
+            await asyncio.sleep(LONG)
+        finally:
+            await other
+
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        with pytest.raises(ray_shm.RpcCancelledError, match="call 5 was cancelled on rank 0: now"):
+            own_cancellation.run_task(loop, call())
+    assert told == ["goes on"]
+
+
+def test_a_task_cancelled_before_it_begins_is_not_left_to_the_next_call(own_cancellation):
+    class Loop(asyncio.SelectorEventLoop):
+        def create_task(self, *args, **kwargs):
+            task = super().create_task(*args, **kwargs)
+            if own_cancellation.running != 6:
+                own_cancellation.cancel(5, "now")
+            return task
+
+    begun = []
+
+    async def call(name):
+        begun.append(name)
+        return name
+
+    with contextlib.closing(Loop()) as loop:
+        with pytest.raises(ray_shm.RpcCancelledError, match="call 5 was cancelled on rank 0: now"):
+            own_cancellation.run_task(loop, call("cancelled"))
+        own_cancellation.running = 0
+        assert own_cancellation.run_task(loop, call("next")) == "next"
+    assert begun == ["next"]
+
+
+def test_a_task_ends_with_its_call_even_if_another_one_ended_the_loop(own_cancellation):
+    log = []
+
+    async def leave():
+        raise SystemExit(3)
+
+    async def call():
+        other = asyncio.get_running_loop().create_task(leave())
+        try:
+            await asyncio.sleep(LONG)
+        except asyncio.CancelledError:
+            log.append("cancelled")
+            raise
+        finally:
+            assert other.done()
+
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        with pytest.raises(SystemExit):
+            own_cancellation.run_task(loop, call())
+        assert log == ["cancelled"]
+
+
+def test_cancels_are_remembered_while_the_main_thread_takes_its_own_out(own_cancellation, monkeypatch):
+    class Raced(dict):
+        def __iter__(self):
+            first = next(super().__iter__())
+            self.pop(first)
+            yield first
+
+    monkeypatch.setattr(cancellation, "_REMEMBERED", 1)
+    own_cancellation.pending = Raced({1: "first"})
+    own_cancellation.cancel(2, "second")
+    assert own_cancellation.pending == {2: "second"}
+
+
+def test_a_call_is_watched_once_however_many_wait_for_it(group):
+    server = group._runtime.dispatcher._server
+    future = group.collective_rpc("sleep", args=(LONG,), non_block=True)
+    called = threading.Semaphore(0)
+    for _ in range(20):
+        future.add_done_callback(lambda future: called.release())
+        until(lambda: not server._arrived)
+    last = group.collective_rpc("sleep", args=(LONG,), non_block=True)
+    last.add_done_callback(lambda future: called.release())
+    until(lambda: last._call in list(server._watched))  # so all before it are, too
+    assert list(server._watched).count(future._call) == 1
+    assert last.cancel()
+    assert future.cancel()
+    assert all(called.acquire(timeout=HANG) for _ in range(21))
+    group.collective_rpc("recall")
+
+
 # Streams
 
 
@@ -260,6 +374,76 @@ def test_an_exception_arrives_in_its_place_and_ends_the_stream_everywhere(group)
     assert list(stream) == []
     for log in group.collective_rpc("recall")[:2]:
         assert log == [] or log[-1] == "closed"  # it may have been skipped
+
+
+def test_a_stream_that_failed_ends_on_all_ranks_though_its_consumer_does_not_come_back(group):
+    stream = group.stream("fail_on", args=(2, 5))
+    next(stream)
+    for log in group.collective_rpc("recall", HANG, target_ranks=[0, 1]):  # behind endless generators
+        assert log == [] or log[-1] == "closed"
+    stream.close()
+
+
+def test_an_item_that_cannot_be_unpickled_ends_the_stream_on_its_rank_too(group):
+    with pytest.raises(ray_shm.RpcError) as info:
+        list(group.stream("broken_items", target_ranks=[0]))
+    assert "cannot be unpickled here: ValueError" in str(info.value.failures[0])
+    assert (list(info.value.failures), info.value.late_ranks) == ([0], [])
+    log = group.collective_rpc("recall", HANG, target_ranks=[0])[0]
+    assert log == [] or log[-1] == "closed"
+
+
+@pytest.mark.parametrize(
+    ("method", "swallowed"), [("stubborn_items", "RpcCancelledError"), ("astubborn_items", "CancelledError")]
+)
+def test_a_generator_that_swallows_its_cancel_ends_all_the_same(group, method, swallowed):
+    with group.stream(method, target_ranks=[1]) as stream:
+        assert next(stream) == (1, 0)
+        until(lambda: any(place in group.stacks([1])[1] for place in ("time.sleep(600)", "in run_task")))
+    log = group.collective_rpc("recall", HANG, target_ranks=[1])[0]
+    assert log[-1:] in ([swallowed], [])  # none: it was on its way to fall asleep
+
+
+@pytest.fixture
+def no_room(group, monkeypatch):
+    """The control queue has no room for the first twelve credits: more tries than there are items to try it after."""
+    dispatcher, refused = group._runtime.dispatcher, []
+    tell = dispatcher.tell
+
+    def refuse(kind, *args):
+        if kind != wire.CREDIT or len(refused) >= 12:
+            return tell(kind, *args)
+        refused.append(args)
+        return False
+
+    monkeypatch.setattr(dispatcher, "tell", refuse)
+    return refused
+
+
+def test_credits_for_which_there_was_no_room_are_given_later(group, no_room):
+    assert list(group.stream("items", HANG, (100,), target_ranks=[0])) == [(0, i) for i in range(100)]
+    assert len(no_room) == 12
+    group.collective_rpc("recall")
+
+
+def test_credits_for_which_there_was_no_room_are_given_later_in_an_event_loop(group, no_room):
+    async def main():
+        return [item async for item in group.stream("items", HANG, (100,), target_ranks=[0])]
+
+    assert asyncio.run(main()) == [(0, i) for i in range(100)]
+    assert len(no_room) == 12
+    group.collective_rpc("recall")
+
+
+def test_a_credit_heard_twice_counts_once(group, monkeypatch):
+    dispatcher = group._runtime.dispatcher
+    tell = dispatcher.tell
+    monkeypatch.setattr(dispatcher, "tell", lambda kind, *args: [tell(kind, *args) for _ in range(50)][-1])
+    with group.stream("items", args=(10**9,), target_ranks=[0]) as stream:
+        assert [next(stream) for _ in range(50)] == [(0, i) for i in range(50)]
+    monkeypatch.undo()
+    log = group.collective_rpc("recall", target_ranks=[0])[0]
+    assert len(log) - 1 <= 50 + 16
 
 
 def test_what_is_no_generator_cannot_be_streamed_and_the_other_way_round(group):
