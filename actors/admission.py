@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ParamSpec
 
+from ray.util.placement_group import PlacementGroup
+
 from ray_shm.actors import wire
 from ray_shm.actors.call import CallOptions
 from ray_shm.actors.runtime import Rank
@@ -58,7 +60,7 @@ class Welcome:
         number: the client's. replies: the queue it reads; None: frames go through Ray, `why_far` says why.
         bell, ringer: what it rings after sending, and as whom. board: of the ranks' status.
         pid, started, pid_space, node_ip: of the driver actor's process.
-        deaths: of ranks that are dead now.
+        deaths: of ranks that are dead now. bundles: the placement group that the actor made, None if it was given one.
     """
 
     number: int
@@ -75,6 +77,7 @@ class Welcome:
     ranks: Ranks
     deaths: list[WorkerDiedError]
     options: CallOptions
+    bundles: PlacementGroup | None
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from ray_shm.actors.worker import ping
 from ray_shm.deadline import Deadline
 from ray_shm.errors import GroupClosedError, RayShmError, RpcTimeoutError, WorkerDiedError
 from ray_shm.late_cause import WAIT, DeathCause, LateCause
+from ray_shm.placement.bundles import remove_abandoned
 from ray_shm.segment import AttachError, pid_space
 
 logger = logging.getLogger("ray_shm")
@@ -127,7 +128,7 @@ class ClientRuntime:
         elif isinstance(line, RayDriverLine):
             dispatcher.add_source(line)
             line.ring = lambda: dispatcher.lead.bell.ring()
-            line.lost = lambda why: self._end(dispatcher, line, gone_error(why))
+            line.lost = lambda why: self._end_far(dispatcher, line, why)
             line.start()
         return dispatcher
 
@@ -188,8 +189,14 @@ class ClientRuntime:
                 dispatcher.drain_if_free()
             welcome = line.welcome
             self._end(dispatcher, line, gone_error(f"its process {welcome.pid} on node {welcome.node_ip} ended"))
+            _free_bundles(line)
 
         threading.Thread(target=look_and_end, name="ray_shm-driver-ended", daemon=True).start()
+
+    def _end_far(self, dispatcher: Dispatcher, line: DriverLine, why: str) -> None:
+        """On the thread that receives."""
+        self._end(dispatcher, line, gone_error(why))
+        _free_bundles(line)
 
     def _end(self, dispatcher: Dispatcher, line: DriverLine, error: Exception) -> None:
         """Nothing more will come; the first reason counts."""
@@ -397,3 +404,10 @@ class ClientRuntime:
                 teller.join(_JOIN)
         if self._dispatcher is not None:
             self._dispatcher.on_news = self._dispatcher.await_heal = None  # what refers back to this
+
+
+def _free_bundles(line: DriverLine) -> None:
+    """The driver actor is gone. Ray keeps the placement group of an actor that is not detached until its job ends, and
+    with it the GPUs: so its clients remove it."""
+    if line.welcome.bundles is not None:
+        remove_abandoned(line.welcome.bundles)

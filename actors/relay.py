@@ -165,6 +165,7 @@ class Relay:
             ranks=ranks,
             deaths=deaths,
             options=options,
+            bundles=runtime.reservation.placement_group if runtime.reservation.owned else None,
         )
 
     def line(self, number: int) -> RayLine | None:

@@ -372,6 +372,11 @@ def _release_dropped(claim: occupancy.Claim, owned: PlacementGroup | None) -> No
         warnings.warn(f"placement group {owned.id.hex()} was dropped without remove()", ResourceWarning, stacklevel=2)
 
 
+def remove_abandoned(group: PlacementGroup) -> None:
+    """Remove a placement group whose owner is gone, unless that has been done. Waits for nothing, raises nothing."""
+    _remove(group, wait=False)
+
+
 def _remove(group: PlacementGroup, wait: bool = True) -> None:
     """Remove `group` if the Ray that has it still runs. Every Ray call here would start a new Ray otherwise."""
     confirmed = Deadline.after(_REMOVAL if wait else 0.0)

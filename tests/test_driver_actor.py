@@ -388,8 +388,10 @@ def test_a_constructor_that_raises_leaves_nothing():
         ray_shm.connect("broken")
 
 
-def test_the_driver_actors_death_ends_everything():
-    group = ray_shm.launch(Worker, num_workers=1, name="mortal", lifetime="detached")
+@pytest.mark.parametrize("lifetime", [None, "detached"])
+def test_the_driver_actors_death_ends_everything(lifetime):
+    gpus = ray.available_resources()["GPU"]
+    group = ray_shm.launch(Worker, num_workers=1, gpus_per_worker=1, name="mortal", lifetime=lifetime)
     pids = [w.pid for w in group.workers]
     future = group.collective_rpc("sleep", args=(300,), non_block=True)
     os.kill(group._runtime._line.welcome.pid, signal.SIGKILL)
@@ -399,6 +401,10 @@ def test_the_driver_actors_death_ends_everything():
         group.collective_rpc("rank")
     await_gone(pids)
     group.close()
+    deadline = time.monotonic() + HANG
+    while ray.available_resources().get("GPU") != gpus:
+        assert time.monotonic() < deadline, "the GPU is still reserved"
+        time.sleep(0.05)
 
 
 SCRIPT = """
