@@ -27,6 +27,7 @@ from ray_shm.queue_reader import QueueReader
 NAME = "ray_shm-control"
 STACK_SIGNAL = signal.SIGRTMIN + 7
 _CLOSE_WAIT = 2.0  # seconds
+_WAKE_AGAIN = 0.005  # seconds
 
 Groups = Mapping[str, Any]
 
@@ -68,8 +69,11 @@ class ControlThread:
         self._thread.start()
 
     def close(self) -> None:
+        until = Deadline.after(_CLOSE_WAIT)
+        while self._thread.is_alive() and not until.expired():
+            self._requests.stop_waiting()  # again: it may have been on its way into the sleep
+            self._thread.join(_WAKE_AGAIN)
         self._requests.close()
-        self._thread.join(_CLOSE_WAIT)
 
     def _run(self) -> None:
         with contextlib.suppress(RayShmError):  # the driver closed it, or is gone: orphan_watch.py acts on that

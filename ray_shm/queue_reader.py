@@ -28,8 +28,8 @@ Consume = Callable[[list[memoryview], bool], Any]
 class QueueReader(QueueEnd):
     """Receives messages as one rank. Threads may share it: each message goes to one of them."""
 
-    def __init__(self, handle: Handle, rank: int, longest_park: float = IDLE_PARK) -> None:
-        """Attach as `rank`. `longest_park`: seconds after which a sleeping reader looks up by itself.
+    def __init__(self, handle: Handle, rank: int, longest_park: float | None = None) -> None:
+        """Attach as `rank`. `longest_park`: seconds after which a sleeping reader looks up by itself (IDLE_PARK).
 
         Raises:
             AttachError: `rank` is a local reader and the memory cannot be reached from this process.
@@ -39,11 +39,12 @@ class QueueReader(QueueEnd):
         handle.require_version()
         super().__init__()
         self._closed = True  # until all is there
-        self._longest_park = longest_park
+        self._longest_park = IDLE_PARK if longest_park is None else longest_park
         self._from = f"pid {handle.pid} on {handle.node}"
         self._writer_pid = handle.pid
         self._writer_started = handle.shm.ref.start_time if handle.shm else 0
         self._writer_dead = False
+        self._stopping = False
         self._reading = False  # a message, by the thread that holds the lock
         self._end_watch: Callable[[], None] | None = None
         self._on_park: Callable[[], None] | None = self._look_for_writer  # where no pidfd tells of its death
@@ -232,6 +233,11 @@ class QueueReader(QueueEnd):
             "the queue stays usable"
         )
 
+    def stop_waiting(self) -> None:
+        """Have the thread that owns this end, and waits, look up and find the queue closed. From any thread."""
+        self._stopping = True
+        self._wake_waiting()
+
     def _wake_waiting(self) -> None:
         shm = self.shm
         if shm is not None:
@@ -300,7 +306,11 @@ class QueueReader(QueueEnd):
         shm = self.shm
         if shm is not None:
             return shm.ring.news()
-        return self._closed or (self.zmq is not None and (self.zmq.peek() is not None or self.zmq.closed_by_writer))
+        return (
+            self._closed
+            or self._stopping
+            or (self.zmq is not None and (self.zmq.peek() is not None or self.zmq.closed_by_writer))
+        )
 
     def _require_message(self) -> None:
         """There is news: return if it is a message, else raise what it is."""
