@@ -16,6 +16,9 @@ HANG = 60.0
 FAR = "127.0.0.2"
 
 
+pytestmark = pytest.mark.slow  # a cluster of its own, and three groups
+
+
 class Worker:
     def rank(self):
         return ray_shm.get_context().rank

@@ -188,6 +188,7 @@ def test_sigkill_of_a_driver_that_joined(tmp_path):
         await_true(lambda: used_gpus() == 0)
 
 
+@pytest.mark.slow  # most of this path is in the next test, too
 def test_sigkill_of_a_driver_that_started_ray(tmp_path):
     with Driver(tmp_path / "d").await_ready() as driver:
         raylet = driver.process_of_ray("raylet")
