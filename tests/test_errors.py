@@ -34,7 +34,7 @@ class Frozen(Exception):
 
 def remote(error: Exception, *frames: str) -> Exception:
     """`error` as it comes from a worker; `frames` as in "model.py:80", the innermost last."""
-    lines = [f'  File "/work/{f.split(":")[0]}", line {f.split(":")[1]}, in step\n    x = y\n' for f in frames]
+    lines = [f'  File "/srv/{f.split(":")[0]}", line {f.split(":")[1]}, in step\n    x = y\n' for f in frames]
     text = "Traceback (most recent call last):\n" + "".join(lines) + f"{type(error).__name__}: {error}\n"
     error.__cause__ = RemoteTraceback(text)
     return error
@@ -109,7 +109,7 @@ def test_without_a_number_of_targets_the_message_says_what_happened() -> None:
 def test_the_innermost_frame_is_that_of_the_exception_itself() -> None:
     """Not that of the one it was raised from, nor what its own text looks like."""
     error = remote(ValueError("no"), "model.py:80")
-    first = 'Traceback (most recent call last):\n  File "/work/deep.py", line 3, in f\nKeyError: 1\n\n'
+    first = 'Traceback (most recent call last):\n  File "/srv/deep.py", line 3, in f\nKeyError: 1\n\n'
     text = f"{first}The above exception was the direct cause of the following exception:\n\n{error.__cause__.text}"
     error.__cause__ = RemoteTraceback(text + '  File "<string>", line 9\n')
     assert str(RpcError("call 1 'f'", {0: error}, targets=1)).endswith("ValueError: no (model.py:80)")
@@ -158,7 +158,7 @@ def test_except_star_keeps_the_ranks() -> None:
 def test_a_printed_traceback_shows_the_text_and_the_remote_frames() -> None:
     shown = "".join(traceback.format_exception(RpcError("call 7 'train'", {0: oom()}, targets=1)))
     assert "ray_shm.errors.RpcError: call 7 'train' failed on 1 of 1 ranks: rank 0: OutOfMemoryError" in shown
-    assert 'File "/work/model.py", line 80' in shown
+    assert 'File "/srv/model.py", line 80' in shown
 
 
 def test_the_text_of_a_death() -> None:
