@@ -600,13 +600,14 @@ def test_two_hundred_queues_leave_nothing(n_local: int) -> None:
     for _ in range(200):
         cycle()
     deadline = time.monotonic() + WATCHDOG
-    while _more(resources(), before) and time.monotonic() < deadline:  # zmq closes its sockets in the background
+    while _grown(before) and time.monotonic() < deadline:  # zmq closes its sockets in the background
         time.sleep(0.05)
-    assert not _more(resources(), before)
+    assert not _grown(before)
 
 
-def _more(now: tuple[int, ...], before: tuple[int, ...]) -> bool:
-    return any(n > b for n, b in zip(now, before, strict=True))
+def _grown(before: tuple[int, ...]) -> bool:
+    """Grown by more than a few: a leak is 200, and Ray's own threads in this process open a descriptor now and then."""
+    return any(now > then + 5 for now, then in zip(resources(), before, strict=True))
 
 
 def test_a_blocked_dequeue_wakes_twice_a_second() -> None:
