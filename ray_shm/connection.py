@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ray_shm.deadline import Deadline
 from ray_shm.errors import GroupClosedError, PeerLostError, RayShmError, StartError
 from ray_shm.formation import Formation
 from ray_shm.membership import Membership
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from ray_shm.process_group import ProcessGroups
 
 BACKENDS = ("auto", "gloo", "nccl")
+REDUCE_OPS = ("sum", "product", "min", "max")
 TENSOR_TAG, OBJECT_TAG = 0, 1  # and process_group.SUM_TAG; gloo matches messages by (source, destination, tag)
 
 
@@ -65,7 +67,7 @@ class GroupConnection:
         self.backend = self._wanted = backend
         self._members, self._name = members, name
         self._given_store, self._store_address = store, store_address
-        self._bind_host, self._timeout, self._device = bind_host, timeout, device
+        self._bind_host, self._timeout, self.device = bind_host, timeout, device
         self._own_store: GroupStore | None = None  # this rank serves it; it stays for the next epoch
         self._connecting = threading.Lock()
         self._ending = threading.Lock()  # held for a few instructions: `release` never waits for the owner's thread
@@ -101,27 +103,34 @@ class GroupConnection:
             finally:
                 self.operation = outer
 
-    def run(self, operation: str, primitive: str, *args: Any) -> None:
+    def run(self, operation: str, primitive: str, *args: Any, timeout: float | None = None) -> None:
         """Runs the primitive of `ProcessGroups`; `operation` names it in the error, and to other threads meanwhile.
 
+        Args:
+            timeout: seconds, from when the group is connected. Default: the group's.
+
         Raises:
+            ValueError: `timeout` is not positive.
             PeerLostError: a peer is gone or late, or the group was released; the connection has ended.
         """
+        seconds = self._timeout if timeout is None else timeout
+        if seconds <= 0:
+            raise ValueError(f"{operation}: timeout={timeout}: give seconds, more than 0")
         self.operation = operation
         try:
             run = getattr(self.groups or self.connect(operation), primitive)
             try:
-                run(*args)
-            except RuntimeError as exc:
-                raise self.lost(operation, exc) from exc
+                run(*args, Deadline.after(seconds))
+            except (RuntimeError, TimeoutError) as exc:
+                raise self.lost(operation, exc, seconds) from exc
         finally:
             self.operation = None
 
-    def lost(self, operation: str, exc: RuntimeError) -> RayShmError:
+    def lost(self, operation: str, exc: Exception, seconds: float) -> RayShmError:
         """The error to raise after `exc`. Closes the sockets, so that peers that wait for this rank raise as well."""
         text = (
             f"{operation} failed in {self.label}: {first_line(exc)}. A peer is gone, was later than "
-            f"{self._timeout} s, or called with another shape or dtype. The group is of no use any more: reform() it, "
+            f"{seconds} s, or called with another shape or dtype. The group is of no use any more: reform() it, "
             "or destroy() it and form another, under the next epoch"
         )
         # Not the one that is raised: its traceback would keep every frame alive.
@@ -236,7 +245,7 @@ class GroupConnection:
         """What is quick, and belongs on the owner's thread; returns the rest."""
         from ray_shm.process_group import gpu_id
 
-        device = self._device()
+        device = self.device()
         wanted = f"auto:{gpu_id(device)}" if self.backend == "auto" else self.backend
         if wanted == "nccl" and device.type == "cpu":
             raise StartError(f"{self.label}: backend nccl needs a GPU, and this process sees none; use auto or gloo")

@@ -1,6 +1,9 @@
 """Collectives among a subset of ranks, independent of torch's WORLD; the surface of vLLM's coordinator.
 
-    StatelessGroupCoordinator   the operations: checks the arguments, shapes and pickles
+    StatelessGroupCoordinator   constructor, torch's handles, release, reform, destroy
+        ├── TensorCollectives     ┐
+        ├── ObjectCollectives     ├ the operations: check the arguments, shape and pickle
+        ├── PointToPoint          ┘
         └─► GroupConnection     connects at once or at the first operation, notices the end     (no torch till then)
               ├─► Membership      who is in it, where this rank stands
               ├─► GroupStore      where the members meet: the group's own, or one shared by an actor group
@@ -17,18 +20,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ray_shm.connection import BACKENDS, TENSOR_TAG, GroupConnection, choose_device, store_port
-from ray_shm.membership import Membership, Standing
+from ray_shm.connection import BACKENDS, GroupConnection, choose_device, store_port
+from ray_shm.membership import Membership
+from ray_shm.object_collectives import ObjectCollectives
+from ray_shm.point_to_point import PointToPoint
 from ray_shm.store import GroupStore
+from ray_shm.tensor_collectives import TensorCollectives
 
 if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup, Store
 
 
-class StatelessGroupCoordinator(Standing):
+class StatelessGroupCoordinator(TensorCollectives, ObjectCollectives, PointToPoint):
     """One group of ranks that exchange tensors and objects. Every member constructs it, with the same arguments.
 
     After a PeerLostError the group is gone on this rank, and its sockets are closed, so that peers that wait for
@@ -97,8 +103,7 @@ class StatelessGroupCoordinator(Standing):
             )
         if timeout <= 0:
             raise ValueError(f"timeout={timeout}: give the seconds that an operation may take, more than 0")
-        self._members = Membership.find(group_ranks, global_rank)
-        super().__init__(self._members)
+        super().__init__(Membership.find(group_ranks, global_rank))
         self.local_rank, self.global_world_size = local_rank, global_world_size
         self.group_name = group_name or "anonymous"
         self.epoch = epoch
@@ -153,186 +158,6 @@ class StatelessGroupCoordinator(Standing):
         """The store on which the members met."""
         self._link.connect()
         return self._link.store
-
-    # Collectives: every member calls the same one with the same shapes and dtypes
-
-    def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
-        """Element-wise reduction over the members.
-
-        Args:
-            tensor: any shape; on the CPU of any floating type, int8, uint8, int32, int64, bool or complex.
-            op: "sum", "product", "min" or "max".
-
-        Returns:
-            A new contiguous tensor of the same shape, the same on every member; `tensor` keeps its values. In a
-            group of one, `tensor` itself.
-
-        Raises:
-            TypeError: gloo does not reduce this dtype. The group stays usable.
-            PeerLostError: a peer is gone or late. The group is gone.
-        """
-        if self.world_size == 1:
-            return tensor
-        link = self._link
-        link.operation = "all_reduce"
-        try:
-            groups = link.groups or link.connect("all_reduce")
-            if op not in groups.reduce_options:
-                raise ValueError(f"all_reduce: op={op!r} is none of {', '.join(groups.reduce_options)}")
-            if tensor.requires_grad:
-                tensor = tensor.detach()
-            result = tensor.clone() if tensor.is_contiguous() else tensor.contiguous()
-            try:
-                groups.all_reduce(result, op)
-            except RuntimeError as exc:
-                if "Invalid scalar type" in str(exc):  # found by every member alike, before anything is sent
-                    raise TypeError(f"all_reduce: gloo does not reduce {tensor.dtype}; convert the tensor") from exc
-                raise link.lost("all_reduce", exc) from exc
-            return result
-        finally:
-            link.operation = None
-
-    def all_gather(self, tensor: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        """The members' tensors, concatenated along `dim` in the order of `ranks`.
-
-        Args:
-            tensor: the same shape and dtype on every member, any dtype. 0-dim tensors count as shape (1,).
-            dim: dimension to concatenate along; negative counts from the end.
-
-        Raises:
-            ValueError: `tensor` has no dimension `dim`.
-            PeerLostError: a peer is gone or late. The group is gone.
-        """
-        part = tensor.detach().contiguous().view(tensor.shape or (1,))
-        if not -part.dim() <= dim < part.dim():
-            raise ValueError(f"all_gather: dim={dim}, but the tensor has shape {tuple(tensor.shape)}")
-        if self.world_size == 1:
-            return part
-        gathered = part.new_empty((self.world_size, *part.shape))
-        if part.numel():
-            self._link.run("all_gather", "all_gather", gathered.view(-1), part.view(-1))
-        # (member, a, b, c) → (a, member, b, c) → (a, member · b, c) for dim 1
-        return gathered.movedim(0, dim % part.dim()).flatten(dim % part.dim(), dim % part.dim() + 1)
-
-    def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
-        """Overwrites `tensor` with that of the member `src` (its rank in the group), in place, and returns it.
-
-        Args:
-            tensor: the same shape and dtype on every member; any dtype, contiguous or not.
-
-        Raises:
-            ValueError: `src` is outside the group.
-            PeerLostError: a peer is gone or late. The group is gone; the content of `tensor` is undefined.
-        """
-        self._members.member(src, "src")
-        if self.world_size == 1 or tensor.numel() == 0:
-            return tensor
-        flat = _flat(tensor)
-        self._link.run("broadcast", "broadcast", flat, src)
-        if src != self.rank_in_group and not tensor.is_contiguous():
-            tensor.detach().copy_(flat.view(tensor.shape))
-        return tensor
-
-    def barrier(self) -> None:
-        """Returns when every member has called it. Waits on the CPU, not for work queued on a GPU.
-
-        Raises:
-            PeerLostError: a peer is gone or late. The group is gone.
-        """
-        if self.world_size == 1:
-            return
-        self._link.run("barrier", "barrier")
-
-    # Objects: pickled, over the CPU group, never through the store
-
-    def broadcast_object(self, obj: Any = None, src: int = 0) -> Any:
-        """The object of the member `src`; there, `obj` itself.
-
-        Raises:
-            ValueError: `src` is outside the group.
-            RemoteError: `src` could not pickle its object; there the original error is raised. The group stays
-                usable, as it does when unpickling raises.
-            PeerLostError: a peer is gone or late. The group is gone.
-        """
-        self._members.member(src, "src")
-        if self.world_size == 1:
-            return obj
-        from ray_shm import object_exchange
-
-        return object_exchange.broadcast(self._link, obj, src)
-
-    def broadcast_object_list(self, obj_list: list[Any], src: int = 0) -> list[Any]:
-        """Overwrites the elements of `obj_list` with those of the member `src`, and returns it.
-
-        Raises:
-            ValueError: `src` is outside the group, or its list has another length; `obj_list` is as before.
-            RemoteError, PeerLostError: as `broadcast_object`.
-        """
-        received = self.broadcast_object(obj_list, src)
-        if len(received) != len(obj_list):
-            raise ValueError(
-                f"broadcast_object_list: rank {self.ranks[src]} sent {len(received)} objects, "
-                f"this list has {len(obj_list)} places"
-            )
-        obj_list[:] = received
-        return obj_list
-
-    def send_object(self, obj: Any, dst: int) -> None:
-        """Sends to the member `dst` and returns when it has received; two members must not both send first.
-
-        Raises:
-            ValueError: `dst` is outside the group or this rank itself.
-            PeerLostError: `dst` is gone or late. The group is gone.
-        """
-        self._members.peer(dst, "dst")
-        from ray_shm import object_exchange
-
-        object_exchange.send(self._link, obj, dst)
-
-    def recv_object(self, src: int) -> Any:
-        """The next object that the member `src` sends to this rank.
-
-        Raises:
-            ValueError: `src` is outside the group or this rank itself.
-            RemoteError: `src` could not pickle its object. The group stays usable.
-            PeerLostError: `src` is gone or late. The group is gone.
-        """
-        self._members.peer(src, "src")
-        from ray_shm import object_exchange
-
-        return object_exchange.recv(self._link, src)
-
-    # Tensors from one member to another
-
-    def send(self, tensor: torch.Tensor, dst: int | None = None) -> None:
-        """Sends to the member `dst`, by default the next, and returns when it has received (nccl: when enqueued).
-
-        Raises:
-            ValueError: `dst` is outside the group or this rank itself.
-            PeerLostError: `dst` is gone or late. The group is gone.
-        """
-        peer = self._members.peer((self.rank_in_group + 1) % self.world_size if dst is None else dst, "dst")
-        if tensor.numel():
-            self._link.run("send", "send", _flat(tensor), peer, TENSOR_TAG)
-
-    def recv(self, size: torch.Size, dtype: torch.dtype, src: int | None = None) -> torch.Tensor:
-        """The next tensor that the member `src`, by default the previous one, sends to this rank.
-
-        Args:
-            size: shape, and dtype: as sent. The result is on `device` with nccl, else on the CPU.
-
-        Raises:
-            ValueError: `src` is outside the group or this rank itself.
-            PeerLostError: `src` is gone or late. The group is gone.
-        """
-        peer = self._members.peer((self.rank_in_group - 1) % self.world_size if src is None else src, "src")
-        import torch
-
-        on_gpu = self._link.connect("recv").nccl is not None
-        tensor = torch.empty(size, dtype=dtype, device=self.device if on_gpu else "cpu")
-        if tensor.numel():
-            self._link.run("recv", "recv", tensor.view(-1), peer, TENSOR_TAG)
-        return tensor
 
     # The end, and another beginning
 
@@ -391,8 +216,3 @@ class StatelessGroupCoordinator(Standing):
             f"StatelessGroupCoordinator({self.group_name!r}, ranks={self.ranks}, rank={self.rank}, "
             f"backend={self.backend!r}, epoch={self.epoch})"
         )
-
-
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    """One-dimensional and contiguous: the same memory if `tensor` is contiguous, else a copy."""
-    return tensor.detach().contiguous().view(-1)

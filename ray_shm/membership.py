@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ray_shm.connection import GroupConnection
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +68,18 @@ class Membership:
         return rank_in_group
 
 
-class Standing:
-    """Where this rank stands in its group, as attributes.
+class Member:
+    """This rank's place in a group, as attributes; what the parts of a coordinator have in common.
 
     Attributes:
         rank: this rank, global. ranks: global ranks of the members. world_size: how many they are.
         rank_in_group: position of this rank in `ranks`, 0-based.
     """
 
+    _link: GroupConnection  # set by the coordinator
+
     def __init__(self, members: Membership) -> None:
+        self._members = members
         self.ranks = list(members.ranks)
         self.world_size = members.world_size
         self.rank_in_group = members.rank_in_group

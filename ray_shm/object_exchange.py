@@ -19,23 +19,25 @@ from ray_shm.errors import RemoteError
 _PICKLE_PROTOCOL = 5
 
 
-def broadcast(link: GroupConnection, obj: Any, src: int) -> Any:
+def broadcast(link: GroupConnection, obj: Any, src: int, timeout: float | None) -> Any:
     """The object of the member `src`; `obj` counts there only."""
     if src != link.members.rank_in_group:
-        return _receive(link, src, "broadcast_object", "broadcast", src)
-    _transmit(link, obj, "broadcast_object", "broadcast", src)
+        return _receive(link, src, timeout, "broadcast_object", "broadcast", src)
+    _transmit(link, obj, timeout, "broadcast_object", "broadcast", src)
     return obj
 
 
-def send(link: GroupConnection, obj: Any, dst: int) -> None:
-    _transmit(link, obj, "send_object", "send", dst, OBJECT_TAG)
+def send(link: GroupConnection, obj: Any, dst: int, timeout: float | None) -> None:
+    _transmit(link, obj, timeout, "send_object", "send", dst, OBJECT_TAG)
 
 
-def recv(link: GroupConnection, src: int) -> Any:
-    return _receive(link, src, "recv_object", "recv", src, OBJECT_TAG)
+def recv(link: GroupConnection, src: int, timeout: float | None) -> Any:
+    return _receive(link, src, timeout, "recv_object", "recv", src, OBJECT_TAG)
 
 
-def _transmit(link: GroupConnection, obj: Any, operation: str, primitive: str, *where: int) -> None:
+def _transmit(
+    link: GroupConnection, obj: Any, timeout: float | None, operation: str, primitive: str, *where: int
+) -> None:
     error: Exception | None = None
     buffer = io.BytesIO()
     try:
@@ -44,18 +46,20 @@ def _transmit(link: GroupConnection, obj: Any, operation: str, primitive: str, *
         error, buffer = exc, io.BytesIO(f"{type(exc).__name__}: {exc}".encode(errors="replace"))
     content = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
     length = content.numel() if error is None else -content.numel()
-    link.run(operation, primitive, torch.tensor([length], dtype=torch.int64), *where)
-    link.run(operation, primitive, content, *where)
+    link.run(operation, primitive, torch.tensor([length], dtype=torch.int64), *where, timeout=timeout)
+    link.run(operation, primitive, content, *where, timeout=timeout)
     if error is not None:
         raise error
 
 
-def _receive(link: GroupConnection, src: int, operation: str, primitive: str, *where: int) -> Any:
+def _receive(
+    link: GroupConnection, src: int, timeout: float | None, operation: str, primitive: str, *where: int
+) -> Any:
     header = torch.zeros(1, dtype=torch.int64)
-    link.run(operation, primitive, header, *where)
+    link.run(operation, primitive, header, *where, timeout=timeout)
     length = int(header.item())
     content = torch.empty(abs(length), dtype=torch.uint8)
-    link.run(operation, primitive, content, *where)
+    link.run(operation, primitive, content, *where, timeout=timeout)
     if length < 0:
         text = bytes(content.numpy()).decode()
         raise RemoteError(f"rank {link.members.ranks[src]} could not pickle the object to send: {text}")

@@ -28,11 +28,12 @@ from torch.distributed import (
 )
 
 from ray_shm import release
+from ray_shm.deadline import Deadline
 from ray_shm.errors import StartError
 from ray_shm.rendezvous import Rendezvous
 from ray_shm.store import first_line
 
-REDUCE_OPS = {"sum": ReduceOp.SUM, "product": ReduceOp.PRODUCT, "min": ReduceOp.MIN, "max": ReduceOp.MAX}
+_REDUCE_OPS = {"sum": ReduceOp.SUM, "product": ReduceOp.PRODUCT, "min": ReduceOp.MIN, "max": ReduceOp.MAX}
 SUM_TAG = 2  # of the messages of a direct sum; see connection.py for the other tags
 DIRECT_BYTES, DIRECT_RANKS = 32 << 10, 4  # up to here a sum over CPU tensors goes directly between all members
 DIRECT_DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64)
@@ -58,7 +59,7 @@ class ProcessGroups:
         self.backend = backend
         self.sockets: list[release.SocketRef] = []
         self._rank, self._size = meeting.members.rank_in_group, meeting.members.world_size
-        self.reduce_options = {name: _reduce_options(op) for name, op in REDUCE_OPS.items()}
+        self._reduce_options = {name: _reduce_options(op) for name, op in _REDUCE_OPS.items()}
         self.cpu_group: Any = None
         self.device_group: Any = None
         self.gloo: Any = None
@@ -82,7 +83,7 @@ class ProcessGroups:
             meeting.release.on_request(self._abort_nccl)
             self.device_group = _wrap(meeting, ProcessGroup.BackendType.NCCL, [("cuda", self.nccl), ("cpu", self.gloo)])
         # The store may go away as soon as the first member returns, so none returns before all have connected.
-        self.barrier()
+        self.barrier(Deadline.after(meeting.timeout))
 
     def _connect_gloo(self, meeting: Rendezvous) -> None:
         members = meeting.members
@@ -117,15 +118,24 @@ class ProcessGroups:
     # The operations on flat, contiguous tensors; a RuntimeError of theirs means that the groups are of no use any more.
     # No local variable keeps a backend: a traceback would keep its sockets open after `close`.
 
-    def all_reduce(self, tensor: torch.Tensor, op: str) -> None:
-        """In place. `tensor` may have any shape; only this operation depends on its dtype."""
+    def all_reduce(self, tensor: torch.Tensor, op: str, deadline: Deadline) -> None:
+        """In place. `tensor` may have any shape; only this operation depends on its dtype.
+
+        Raises:
+            TypeError: gloo does not reduce this dtype. Found by every member alike, before anything is sent.
+        """
         small = tensor.is_cpu and 0 < tensor.nbytes <= DIRECT_BYTES and self._size <= DIRECT_RANKS
         if small and op == "sum" and tensor.dtype in DIRECT_DTYPES:
-            self._sum_directly(tensor)
-        else:
-            self._of(tensor).allreduce([tensor], self.reduce_options[op]).wait()
+            self._sum_directly(tensor, deadline)
+            return
+        try:
+            _wait(self._of(tensor).allreduce([tensor], self._reduce_options[op]), deadline)
+        except RuntimeError as exc:
+            if "Invalid scalar type" in str(exc):
+                raise TypeError(f"all_reduce: gloo does not reduce {tensor.dtype}; convert the tensor") from exc
+            raise
 
-    def _sum_directly(self, tensor: torch.Tensor) -> None:
+    def _sum_directly(self, tensor: torch.Tensor, deadline: Deadline) -> None:
         """Everybody sends to everybody, and adds in the order of ranks, so that all get the same bits.
 
         One hop, where gloo's ring takes 2 (n - 1), each with a thread to wake. 576 floats over 3 processes on 2 cores,
@@ -136,28 +146,28 @@ class ProcessGroups:
         works = [gloo.recv([_as_bytes(parts[r].view(-1))], r, SUM_TAG) for r in others]
         works += [gloo.send([_as_bytes(tensor.view(-1))], r, SUM_TAG) for r in others]
         for work in works:
-            work.wait()
+            _wait(work, deadline)
         total = parts[0] + parts[1]
         for part in parts[2:]:
             total += part
         tensor.copy_(total)
 
-    def all_gather(self, gathered: torch.Tensor, part: torch.Tensor) -> None:
-        self._of(part)._allgather_base(_as_bytes(gathered), _as_bytes(part)).wait()
+    def all_gather(self, gathered: torch.Tensor, part: torch.Tensor, deadline: Deadline) -> None:
+        _wait(self._of(part)._allgather_base(_as_bytes(gathered), _as_bytes(part)), deadline)
 
-    def broadcast(self, tensor: torch.Tensor, src: int) -> None:
+    def broadcast(self, tensor: torch.Tensor, src: int, deadline: Deadline) -> None:
         options = BroadcastOptions()
         options.rootRank = src
-        self._of(tensor).broadcast([_as_bytes(tensor)], options).wait()
+        _wait(self._of(tensor).broadcast([_as_bytes(tensor)], options), deadline)
 
-    def send(self, tensor: torch.Tensor, dst: int, tag: int) -> None:
-        self._of(tensor).send([_as_bytes(tensor)], dst, tag).wait()
+    def send(self, tensor: torch.Tensor, dst: int, tag: int, deadline: Deadline) -> None:
+        _wait(self._of(tensor).send([_as_bytes(tensor)], dst, tag), deadline)
 
-    def recv(self, tensor: torch.Tensor, src: int, tag: int) -> None:
-        self._of(tensor).recv([_as_bytes(tensor)], src, tag).wait()
+    def recv(self, tensor: torch.Tensor, src: int, tag: int, deadline: Deadline) -> None:
+        _wait(self._of(tensor).recv([_as_bytes(tensor)], src, tag), deadline)
 
-    def barrier(self) -> None:
-        self.gloo.barrier().wait()
+    def barrier(self, deadline: Deadline) -> None:
+        _wait(self.gloo.barrier(), deadline)
 
     def _of(self, tensor: torch.Tensor) -> Any:
         if tensor.is_cpu:
@@ -171,6 +181,13 @@ class ProcessGroups:
         if self.nccl is not None:
             self.nccl.shutdown()
         self.cpu_group = self.device_group = self.gloo = self.nccl = None
+
+
+def _wait(work: Any, deadline: Deadline) -> None:
+    """Raises RuntimeError where the group is lost or the deadline comes; torch works on with the tensors in the latter
+    case, until the sockets are closed."""
+    left = deadline.remaining()
+    work.wait(*() if left is None else (timedelta(seconds=left),))
 
 
 def gpu_id(device: torch.device) -> str:
