@@ -39,8 +39,9 @@ class Worker:
         return value
 
 
-def set_environment() -> None:
+def set_environment(folder: str) -> None:
     """Of the Ray processes that this one starts or is."""
+    os.environ["RAY_TMPDIR"] = folder  # else ray.init() of any process on this machine finds the cluster's address
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="7" * 64)  # else Ray writes one into the home directory
     os.environ.update(RAY_health_check_period_ms="1000", RAY_health_check_timeout_ms="2000")
     for name in [name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "grpc_proxy")]:
@@ -49,8 +50,8 @@ def set_environment() -> None:
 
 def start_node(me: Me, folder: str, *args: str) -> None:
     """A Ray node that lives as long as its host."""
-    command = ["ray", "start", *args, "--num-cpus=2", "--object-store-memory=80000000", f"--temp-dir={folder}"]
-    set_environment()
+    command = ["ray", "start", *args, "--num-cpus=2", "--object-store-memory=80000000"]
+    set_environment(folder)
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     if done.returncode:
         raise RuntimeError(done.stdout + done.stderr)
@@ -62,7 +63,6 @@ def launch(me: Me, address: str, ip: str) -> list[tuple[str, int]]:
 
     import ray_shm
 
-    set_environment()
     ray.init(address=address, _node_ip_address=ip, log_to_driver=False)
     group = ray_shm.launch(Worker, num_workers=2, cpus_per_worker=1, strategy="STRICT_SPREAD")
     me.kept.append(group)
