@@ -121,6 +121,14 @@ class Dispatcher(Replies):
         self._send(call, frames, _AT_ONCE if at_once else deadline)
         return call
 
+    def call(self, method: wire.Method, timeout: float | None) -> list[Any]:
+        """A plain call of all ranks without arguments: their results, in rank order. Raises as `submit` and `wait`."""
+        deadline = Deadline.after(timeout)
+        call = self.submit(method, (), {}, None, None, None, deadline)
+        self.wait(call, deadline)
+        results: list[Any] = call.outcome()
+        return results
+
     def submit_stream(
         self,
         method: wire.Method,
