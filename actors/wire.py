@@ -38,6 +38,11 @@ _REPLY = struct.Struct("<QIBxH")
 Method = str | Callable[..., Any]
 
 
+def method_name(method: Method) -> str:
+    """As messages and the ranks' rows show it."""
+    return method if isinstance(method, str) else getattr(method, "__qualname__", "") or repr(method)
+
+
 class Scatter:
     """A value in args or kwargs that differs by rank: element k goes to the k-th target rank."""
 

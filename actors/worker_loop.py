@@ -152,7 +152,7 @@ class WorkerLoop:
             self._row.show(method)
             result = getattr(self._worker, method)(*args, **kwargs)
         else:
-            self._row.show(getattr(method, "__qualname__", "") or repr(method))
+            self._row.show(wire.method_name(method))
             result = method(self._worker, *args, **kwargs)
         if result is not None and hasattr(type(result), "__await__"):
             result = self._await(result)
