@@ -148,12 +148,6 @@ def encode_order(
     return codec.encode(payload, _request_prefix(call_id, epoch, kind, EVERY_RANK, targets, 0))
 
 
-def readdress(frames: Sequence[Buffer], call_id: int) -> list[Buffer]:
-    """The same request or reply under another call id; the frames stay as they are."""
-    first = bytes(frames[0])
-    return [struct.pack("<Q", call_id) + first[8:], *frames[1:]]
-
-
 def _request_prefix(
     call_id: int, epoch: int, kind: int, reply_rank: int, targets: Sequence[int] | None, common: int
 ) -> bytes:
