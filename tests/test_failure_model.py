@@ -33,6 +33,10 @@ from typing import Any
 import pytest
 from faulty_worker import (
     HANG,
+    OTHERS,
+    RANKS,
+    SIZE,
+    SUM,
     VICTIM,
     Faulty,
     check_for_leaks,
@@ -54,11 +58,6 @@ from ray_shm import (
     StartError,
     WorkerDiedError,
 )
-
-SIZE = 3
-RANKS = [0, 1, 2]
-OTHERS = [0, 2]
-SUM = 6  # of `total`
 
 
 @pytest.fixture(scope="module")

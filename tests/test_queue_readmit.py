@@ -15,7 +15,7 @@ import zmq
 from hazard_checks import content, is_content
 from injection import HANG, Fuse, codes, die, fork_child, is_alive, result_within, wait_for, wait_until_asleep
 from queue_ends import blocked
-from reader_pool import Peer
+from reader_pool import Peer, peers_for
 
 from ray_shm import reader_watch, ring
 from ray_shm.deadline import Deadline
@@ -42,11 +42,8 @@ shm_and_zmq = pytest.mark.parametrize("kind", ["shm", "zmq"])
 @pytest.fixture(scope="module")
 def zygotes() -> Iterator[list[Peer]]:
     """Two processes that fork those which read, so that these are there in no time."""
-    made = [Peer(), Peer()]
-    yield made
-    for one in made:
-        one.kill()
-        one.close()
+    with peers_for(2) as made:
+        yield made
 
 
 @pytest.fixture
