@@ -18,6 +18,7 @@ import pytest
 
 if TYPE_CHECKING:
     from reader_pool import Peer
+    from zmq_ends import MakeChannel
 
     from ray_shm.message_queue import MessageQueue
 
@@ -107,6 +108,15 @@ def peers() -> Iterator[list[Peer]]:
 
     with peers_for(2) as made:
         yield made
+
+
+@pytest.fixture
+def make_channel() -> Iterator[MakeChannel]:
+    """For channels between nodes with all their ends in this process."""
+    from zmq_ends import channels
+
+    with channels() as make:
+        yield make
 
 
 @pytest.fixture

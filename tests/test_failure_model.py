@@ -14,7 +14,7 @@
 | driver or raylet killed                                  | test_lifecycle.py, test_launch.py                       |
 | node lost, network cut                                   | test_two_hosts.py                                       |
 | memory too small                                         | test_queue_memory.py                                    |
-| stranger on a TCP port                                   | test_zmq_channel.py                                     |
+| stranger on a TCP port                                   | test_zmq_strangers.py                                   |
 
 Interleavings of all this: test_call_property.py.
 """
