@@ -257,6 +257,8 @@ class ClientRuntime:
     def heal(self, timeout: float | None) -> list[int]:
         """By the driver actor; returns once this process knows of it, too."""
         dispatcher = self._live_dispatcher()
+        if timeout is not None and timeout > threading.TIMEOUT_MAX:  # infinite, say
+            timeout = None
         wait = None if timeout is None else timeout + _SLACK
         healed, epoch = driver_line.ask(self.ticket.actor.heal, timeout, timeout=wait)
         self._await(dispatcher, lambda: dispatcher.epoch >= epoch, Deadline.after(_SLACK))
