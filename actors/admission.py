@@ -14,7 +14,7 @@ from ray.util.placement_group import PlacementGroup
 
 from ray_shm.actors import wire
 from ray_shm.actors.call import CallOptions
-from ray_shm.actors.runtime import Rank
+from ray_shm.actors.rank import Rank
 from ray_shm.errors import StartError, WorkerDiedError
 from ray_shm.handle import Handle
 from ray_shm.segment import SegmentRef

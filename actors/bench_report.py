@@ -34,13 +34,6 @@ def parse_size(text: str) -> int:
     return size
 
 
-def size_text(size: int) -> str:
-    """The inverse: "64 KiB"."""
-    unit, factor = next(pair for pair in _UNITS if size >= pair[1] or pair[1] == 1)
-    value = size / factor
-    return f"{value:.0f} {unit}" if value >= 1000 else f"{value:.4g} {unit}"
-
-
 def figure_text(value: float) -> str:
     return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import threading
 import time
 from collections import deque
@@ -19,12 +20,16 @@ from ray_shm.actors.comparison import require_equal
 from ray_shm.deadline import Deadline
 from ray_shm.errors import (
     GroupClosedError,
+    PeerLostError,
+    QueueClosedError,
     RemoteError,
     RpcCancelledError,
     RpcError,
     RpcTimeoutError,
     WorkerDiedError,
 )
+
+logger = logging.getLogger("ray_shm")
 
 SHOWN_LATE = 8  # late ranks whose place and doing an error names
 UNIQUE_GRACE = 0.05  # seconds that others get to fail, too, after the one rank that was to reply has failed
@@ -211,6 +216,18 @@ class Call:
         more = f"; and {len(late) - SHOWN_LATE} more" if len(late) > SHOWN_LATE else ""
         return f"{len(self.targets) - len(late)}/{len(self.targets)} replied; no reply from {who}{more}"
 
+    def next_look(self, deadline: Deadline) -> Deadline:
+        """Until when to wait: `deadline`, or earlier where the call is to be logged as slow before."""
+        at = self.warn_at
+        return deadline if at is None or (deadline.at is not None and deadline.at <= at) else Deadline(at, None)
+
+    def warn_slow(self) -> None:
+        """Log who is awaited, and set `warn_at` to when that is to be done again."""
+        now = time.monotonic()
+        seconds = now - self.since
+        self.warn_at = now + seconds
+        logger.warning("call %d %r: %s after %.0f s", self.call_id, self.method, self.progress(), seconds)
+
 
 class StreamCall(Call):
     """A call whose ranks send items before they end. Ends with the first failure.
@@ -267,6 +284,20 @@ def cancelled_error(call: Call) -> RpcCancelledError:
     return RpcCancelledError(
         f"call {call.call_id} {call.method!r} was cancelled by its caller; its workers were told to stop"
     )
+
+
+def unsent_error(exc: Exception, call: Call) -> Exception:
+    """What the caller gets where sending its call raised `exc`; `exc` itself where that says it all."""
+    if isinstance(exc, QueueClosedError):
+        return closed_error()
+    if isinstance(exc, PeerLostError) and exc.ranks:
+        lost: dict[int, Exception] = dict.fromkeys(exc.ranks, exc)
+        return RpcError(
+            f"call {call.call_id} {call.method!r} did not reach all ranks", lost, sorted(call.missing - lost.keys())
+        )
+    if isinstance(exc, TimeoutError) and not isinstance(exc, RpcTimeoutError):
+        return RpcTimeoutError(f"call {call.call_id} {call.method!r} was not sent: {exc}", sorted(call.missing))
+    return exc
 
 
 def reduce_results(reduce: Reduce, results: list[Any], ranks: Sequence[int]) -> Any:

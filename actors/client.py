@@ -26,8 +26,9 @@ from ray_shm.actors.admission import CALLS_PER_CLIENT, Ranks
 from ray_shm.actors.call import Call, CallOptions, closed_error
 from ray_shm.actors.dispatcher import Dispatcher
 from ray_shm.actors.driver_line import DriverLine, RayDriverLine, ShmDriverLine, gone_error
+from ray_shm.actors.rank import Rank, summary
 from ray_shm.actors.reports import GroupStats
-from ray_shm.actors.runtime import CLOSE_TIMEOUT, Rank
+from ray_shm.actors.runtime import CLOSE_TIMEOUT
 from ray_shm.actors.status_board import Standing, StatusBoard
 from ray_shm.actors.worker import ping
 from ray_shm.deadline import Deadline
@@ -226,30 +227,15 @@ class ClientRuntime:
     def summary(self) -> str:
         if self._dispatcher is None:
             return f"of {self.ticket.label}, not joined yet"
-        nodes = len({entry.place.place.node_id for entry in self._ranks.values()})
-        transports = "+".join(sorted({entry.transport for entry in self._ranks.values()}))
-        return (
-            f"{len(self._ranks)} × {self._worker_name} on {nodes} node{'s' * (nodes > 1)} through {transports} "
-            f"and {self.ticket.label}"
-        )
+        return f"{summary(self._worker_name, self._ranks)} and {self.ticket.label}"
 
     def where(self, rank: int) -> str:
         """Where a rank is and what it does, in words."""
-        place = self._ranks[rank].place.place
-        gpus = f", GPU {','.join(place.gpu_ids)}" if place.gpu_ids else ""
-        row = self.row(rank)
-        doing = f", {row.words()}" if row is not None else ""
-        return f"node {place.node_ip}{gpus}, pid {place.pid}{doing}"
+        return self._ranks[rank].where(self._board)
 
     def row(self, rank: int) -> Standing | None:
         """What the rank wrote into shared memory; None where this process cannot reach that."""
-        board = self._board
-        if board is None or self._ranks[rank].transport != "shm":
-            return None
-        try:
-            return board.standing(rank)
-        except ValueError:  # released under us
-            return None
+        return self._ranks[rank].row(self._board)
 
     def standings(self, timeout: float) -> dict[int, Standing]:
         return standing.standings(self._live_dispatcher(), self.row, timeout)
@@ -266,15 +252,13 @@ class ClientRuntime:
 
     def check_health(self, timeout: float | None) -> None:
         """Raises RpcError or RpcTimeoutError."""
-        deadline = Deadline.after(timeout)
-        dispatcher = self.dispatcher
-        call = dispatcher.submit(ping, (), {}, None, None, None, deadline)
-        dispatcher.wait(call, deadline)
-        call.outcome()
+        self.dispatcher.call(ping, timeout)
 
     def heal(self, timeout: float | None) -> list[int]:
         """By the driver actor; returns once this process knows of it, too."""
         dispatcher = self._live_dispatcher()
+        if timeout is not None and timeout > threading.TIMEOUT_MAX:  # infinite, say
+            timeout = None
         wait = None if timeout is None else timeout + _SLACK
         healed, epoch = driver_line.ask(self.ticket.actor.heal, timeout, timeout=wait)
         self._await(dispatcher, lambda: dispatcher.epoch >= epoch, Deadline.after(_SLACK))

@@ -15,16 +15,17 @@ import itertools
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from ray_shm.actors import wire
-from ray_shm.actors.call import Call, CallOptions, Reduce, StreamCall, cancelled_error, closed_error
+from ray_shm.actors.call import Call, CallOptions, Reduce, StreamCall, cancelled_error, closed_error, unsent_error
 from ray_shm.actors.callback_server import CallbackServer
+from ray_shm.actors.orders import Orders
+from ray_shm.actors.outbox import Outbox
 from ray_shm.actors.replies import Replies
 from ray_shm.deadline import Deadline
-from ray_shm.errors import PeerLostError, QueueClosedError, RpcError, RpcTimeoutError
+from ray_shm.errors import RpcError, RpcTimeoutError
 from ray_shm.queue_reader import QueueReader
 from ray_shm.ring import Bell, Buffer
 
@@ -32,21 +33,7 @@ logger = logging.getLogger("ray_shm")
 
 _YIELD = 0.001  # seconds that the callback thread leaves a caller to take the lead from it
 _NEXT_LOOK = 0.05  # seconds between looks where nobody tells that there is room
-_MOST_UNTOLD = 10_000
 _AT_ONCE = Deadline.after(0)
-
-
-class Outbox(Protocol):
-    """Where requests go: a QueueWriter, or the way to a driver actor."""
-
-    @property
-    def bell(self) -> Bell | None: ...
-
-    def send(
-        self, frames: Sequence[Buffer], deadline: Deadline = ..., on_wait: Callable[[], object] | None = None
-    ) -> None: ...
-
-    def drop(self, rank: int) -> None: ...
 
 
 class Dispatcher(Replies):
@@ -90,9 +77,8 @@ class Dispatcher(Replies):
         self.on_cancel: Callable[[Call], None] | None = None
         self._server: CallbackServer | None = None
         self._mutex = threading.Lock()  # guards the making of the callback server
-        self._untold: deque[list[Buffer]] = deque()  # orders for which there was no room
-        self._telling = threading.Lock()
-        self.add_poll(lambda: self.send_untold() if self._untold else None)
+        self._orders = Orders(control)
+        self.add_poll(self._orders.send)
 
     # ---- calls ----------------------------------------------------------------------------------------------------
 
@@ -115,11 +101,19 @@ class Dispatcher(Replies):
             StartError: no memory for a large argument; nothing was sent.
         """
         ranks = self._every_rank if targets is None else targets
-        call = Call(next(self._ids), _name(method), ranks, reply_rank, reduce, deadline, self.options)
+        call = Call(next(self._ids), wire.method_name(method), ranks, reply_rank, reduce, deadline, self.options)
         only = wire.EVERY_RANK if reply_rank is None else reply_rank
         frames = wire.encode_call(call.call_id, self.epoch, method, args, kwargs, targets, len(ranks), only)
         self._send(call, frames, _AT_ONCE if at_once else deadline)
         return call
+
+    def call(self, method: wire.Method, timeout: float | None) -> list[Any]:
+        """A plain call of all ranks without arguments: their results, in rank order. Raises as `submit` and `wait`."""
+        deadline = Deadline.after(timeout)
+        call = self.submit(method, (), {}, None, None, None, deadline)
+        self.wait(call, deadline)
+        results: list[Any] = call.outcome()
+        return results
 
     def submit_stream(
         self,
@@ -131,7 +125,7 @@ class Dispatcher(Replies):
     ) -> StreamCall:
         """Send a call whose items are wanted. Raises as `submit`."""
         ranks = self._every_rank if targets is None else targets
-        call = StreamCall(next(self._ids), _name(method), ranks, deadline, self.options)
+        call = StreamCall(next(self._ids), wire.method_name(method), ranks, deadline, self.options)
         frames = wire.encode_call(
             call.call_id, self.epoch, method, args, kwargs, targets, len(ranks), wire.EVERY_RANK, wire.STREAM
         )
@@ -145,7 +139,7 @@ class Dispatcher(Replies):
         frames = wire.encode_order(kind, call.call_id, self.epoch, targets, payload)
         if kind == wire.RELEASE:
             self._register(call)
-            self._tell(frames)  # never lost, and never waited for
+            self._orders.give(frames)  # never lost, and never waited for
         else:
             self._post(call, frames, deadline, self._requests if kind == wire.REFORM else self._control)
             if self._finished and not self.lead.is_mine():
@@ -153,31 +147,8 @@ class Dispatcher(Replies):
         return call
 
     def tell(self, kind: int, call_id: int, targets: Sequence[int] | None, payload: object) -> bool:
-        """Tell control threads something that has no reply: now, or once there is room, in order. False: too much is
-        waiting for a rank that does not listen."""
-        return self._tell(wire.encode_order(kind, call_id, self.epoch, targets, payload))
-
-    def _tell(self, frames: list[Buffer]) -> bool:
-        if len(self._untold) >= _MOST_UNTOLD:
-            return False
-        self._untold.append(frames)
-        self.send_untold()
-        return True
-
-    def send_untold(self) -> None:
-        """Orders for which there was no room."""
-        while self._untold and self._telling.acquire(blocking=False):
-            try:
-                self._control.send(self._untold[0], _AT_ONCE)
-                self._untold.popleft()
-            except (TimeoutError, RuntimeError):  # no room; or this is a __del__ inside of that very send
-                return
-            except (QueueClosedError, PeerLostError):
-                self._untold.popleft()
-            except IndexError:
-                return
-            finally:
-                self._telling.release()
+        """Tell control threads something that has no reply. See Orders.give."""
+        return self._orders.give(wire.encode_order(kind, call_id, self.epoch, targets, payload))
 
     def forward(self, call: Call, frames: Sequence[Buffer], to_control: bool) -> None:
         """Send frames that somebody else made for `call`, without waiting. Raises as `submit`."""
@@ -185,14 +156,6 @@ class Dispatcher(Replies):
 
     def new_id(self) -> int:
         return next(self._ids)
-
-    @property
-    def in_flight(self) -> int:
-        return len(self._pending)
-
-    @property
-    def refusing(self) -> bool:
-        return self._refusing
 
     def _send(self, call: Call, frames: Sequence[Buffer], deadline: Deadline) -> None:
         """A user's call. Whatever it may have to wait for is a RpcTimeoutError where it is to be sent _AT_ONCE."""
@@ -233,7 +196,7 @@ class Dispatcher(Replies):
                 raise closed_error()
         except Exception as exc:
             self.forget(call)
-            translated = self._translated(exc, call, deadline)
+            translated = unsent_error(exc, call)
             if translated is exc:
                 raise
             raise translated from exc
@@ -274,7 +237,7 @@ class Dispatcher(Replies):
 
     def wait_once(self, call: Call, deadline: Deadline) -> None:
         """One turn at leading or following; may end before the call is ready. Raises as `wait`."""
-        until = self._next_look(call, deadline)
+        until = call.next_look(deadline)
         try:
             self._turn(call, until)
         except BaseException:  # Ctrl-C
@@ -286,20 +249,15 @@ class Dispatcher(Replies):
         if call.done or (call.ready and not self._is_server()):
             return
         if call.warn_at is not None and until is not deadline and time.monotonic() >= call.warn_at:
-            self._warn_slow(call)
+            call.warn_slow()
         if deadline.expired():
             self.forget(call)
             raise call.timeout_error(deadline.timeout)
 
-    def _next_look(self, call: Call, deadline: Deadline) -> Deadline:
-        """Until when to wait next: the deadline, or earlier where the call is to be logged as slow before."""
-        at = call.warn_at
-        return deadline if at is None or (deadline.at is not None and deadline.at <= at) else Deadline(at, None)
-
     def _lead_until(self, ready: Callable[[], bool], deadline: Deadline) -> None:
         """Sleep as the leader; no longer than until a call's grace has to be looked at."""
         at = self.next_grace() if self._failed else None
-        if self._untold:  # nobody tells when there is room
+        if self._orders.waiting:  # nobody tells when there is room
             at = time.monotonic() + _NEXT_LOOK
         if at is not None and (deadline.at is None or at < deadline.at):
             deadline = Deadline(at, None)
@@ -352,12 +310,6 @@ class Dispatcher(Replies):
                 logger.warning("call %d %r: ranks %s could not be told to stop", call.call_id, call.method, missing)
             if self.on_cancel is not None:
                 self.on_cancel(call)
-
-    def _warn_slow(self, call: Call) -> None:
-        now = time.monotonic()
-        seconds = now - call.since
-        call.warn_at = now + seconds
-        logger.warning("call %d %r: %s after %.0f s", call.call_id, call.method, call.progress(), seconds)
 
     def _is_server(self) -> bool:
         return self._server is not None and self._server.is_this_thread()
@@ -415,12 +367,6 @@ class Dispatcher(Replies):
         call = Call(next(self._ids), "callbacks", (), None, None, _AT_ONCE, silent)
         self.serve(call)
 
-    def _require_alive(self, call: Call) -> None:
-        dead: dict[int, Exception] = {rank: self._dead[rank] for rank in call.targets if rank in self._dead}
-        if dead:
-            what = f"call {call.call_id} {call.method!r} was not sent to any rank; heal() replaces the dead"
-            raise RpcError(what, dead)
-
     def _forget_rank(self, rank: int) -> None:
         self._requests.drop(rank)
         self._control.drop(rank)
@@ -448,18 +394,3 @@ class Dispatcher(Replies):
         if self._server is not None:
             self._server.close()
         self._let_go()
-
-    def _translated(self, exc: BaseException, call: Call, deadline: Deadline) -> BaseException:
-        if isinstance(exc, QueueClosedError):
-            return closed_error()
-        if isinstance(exc, PeerLostError) and exc.ranks:
-            lost: dict[int, Exception] = dict.fromkeys(exc.ranks, exc)
-            text = f"call {call.call_id} {call.method!r} did not reach all ranks"
-            return RpcError(text, lost, sorted(call.missing - lost.keys()))
-        if isinstance(exc, TimeoutError) and not isinstance(exc, RpcTimeoutError):
-            return RpcTimeoutError(f"call {call.call_id} {call.method!r} was not sent: {exc}", sorted(call.missing))
-        return exc
-
-
-def _name(method: wire.Method) -> str:
-    return method if isinstance(method, str) else getattr(method, "__qualname__", repr(method))

@@ -71,18 +71,7 @@ class Executor:
         return self.group.collective_rpc(execute_model, args=(scheduler_output,), reduce=_output, non_block=non_block)
 
     def profile(self, is_start: bool, *, directory: str | os.PathLike[str] | None = None) -> list[str] | None:
-        """Start torch.profiler in every rank, or stop it and write ``rank{N}.json``, a Chrome trace, for each.
-
-        Args:
-            is_start: True starts, False stops.
-            directory: for the traces, on each rank's node; default: a fresh folder for temporary files.
-
-        Returns:
-            None at the start; at the stop, the paths in rank order (``node_ip:path`` for ranks on other nodes).
-
-        Raises:
-            RuntimeError: started already, or not started. ValueError: `directory` at the stop. RpcError.
-        """
+        """As `ActorGroup.profile`: start torch.profiler in every rank, or stop it and get the paths of its traces."""
         return self.group.profile(is_start, directory=directory)
 
     def check_health(self, timeout: float | None = 10.0) -> None:

@@ -18,8 +18,9 @@ from ray.util.placement_group import PlacementGroup
 
 from ray_shm import futex
 from ray_shm.actors.call import CallOptions
+from ray_shm.actors.rank import Rank
 from ray_shm.actors.recruiting import Lines, Recruit, Recruiter, attach_replies
-from ray_shm.actors.runtime import GroupRuntime, Rank
+from ray_shm.actors.runtime import GroupRuntime
 from ray_shm.actors.spec import Groups, Started
 from ray_shm.actors.status_board import StatusBoard
 from ray_shm.deadline import Deadline

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from ray_shm.actors import iceoryx_peer, queue_peers
-from ray_shm.actors.bench_report import size_text
 from ray_shm.actors.bench_workers import MakeReader, Worker, WorkerPool, cpu_ns, wake_ups
 from ray_shm.actors.queue_peers import Cell, Desk, UnavailableError, WriterEnd
 from ray_shm.actors.queue_report import Idle, LeftOut, Progress, Report, Row, cell_text
 from ray_shm.errors import StartError
 from ray_shm.segment import require_memory
+from ray_shm.size_text import size_text
 
 OURS = {"shm": "ray-shm shm", "zmq": "ray-shm zmq"}
 READERS = (1, 2, 4, 8)

@@ -13,8 +13,9 @@ from rich import progress as rich_progress
 from rich.console import Console
 from rich.table import Table
 
-from ray_shm.actors.bench_report import figure_text, machine, machine_text, print_line, size_text, table_console
+from ray_shm.actors.bench_report import figure_text, machine, machine_text, print_line, table_console
 from ray_shm.actors.queue_peers import Cell
+from ray_shm.size_text import size_text
 
 _PACKAGES = ("ray-shm", "numpy", "pyzmq", "iceoryx2")
 _LOOKS = {  # of each peer's line: color-blind safe colors (Okabe and Ito), floors in grey

@@ -22,7 +22,8 @@ from ray_shm.actors import admission, wire
 from ray_shm.actors.admission import Application, Ranks, Welcome
 from ray_shm.actors.call import Call, CallOptions, closed_error
 from ray_shm.actors.client_line import ClientLine, Inbox, RayLine, ShmLine
-from ray_shm.actors.runtime import GroupRuntime, Rank
+from ray_shm.actors.rank import Rank
+from ray_shm.actors.runtime import GroupRuntime
 from ray_shm.deadline import Deadline
 from ray_shm.errors import (
     GroupClosedError,

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from ray_shm.actors import wire
 from ray_shm.actors.call import Call
 from ray_shm.actors.lead import Lead
-from ray_shm.errors import PeerLostError, WorkerDiedError
+from ray_shm.errors import PeerLostError, RpcError, WorkerDiedError
 from ray_shm.futex import Word
 from ray_shm.queue_reader import QueueReader
 from ray_shm.ring import Bell, Buffer
@@ -72,6 +72,10 @@ class Replies:
         self._failed: list[Call] = []  # calls with a failure whose other ranks still have time
         for rank, reader in readers.items():
             self._read_from(rank, reader)
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._pending)
 
     # ---- what a group consists of ---------------------------------------------------------------------------------
 
@@ -194,6 +198,12 @@ class Replies:
     @property
     def alive(self) -> list[int]:
         return [rank for rank in self._every_rank if rank not in self._dead]
+
+    def _require_alive(self, call: Call) -> None:
+        dead: dict[int, Exception] = {rank: self._dead[rank] for rank in call.targets if rank in self._dead}
+        if dead:
+            what = f"call {call.call_id} {call.method!r} was not sent to any rank; heal() replaces the dead"
+            raise RpcError(what, dead)
 
     def _tell_death(self, death: WorkerDiedError) -> None:
         for call in list(self._pending.values()):

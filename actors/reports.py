@@ -78,7 +78,8 @@ class RankStatus:
 
     Attributes:
         state: "idle", "running", "replying", "starting", "ended", "dead", or "silent": nothing is known of it now.
-        call_id, method: of its present call, or its last. seconds: in this state. calls: how many it has ended.
+        call_id, method: of its present call, or its last; method is "" while a call is unpickled.
+        seconds: in this state. calls: how many it has ended.
         operation: the collective that it is in, as "all_reduce of group 'tp'", if its control thread could say so.
     """
 

@@ -20,7 +20,6 @@ import numpy as np
 import ray
 
 from ray_shm.actors import rpc_events
-from ray_shm.actors.bench_report import size_text
 from ray_shm.actors.rpc_peers import (
     GRAPH_IN_FLIGHT,
     OURS,
@@ -33,6 +32,7 @@ from ray_shm.actors.rpc_peers import (
     UnavailableError,
 )
 from ray_shm.actors.rpc_report import TITLES, LeftOut, Report, make_row
+from ray_shm.size_text import size_text
 
 SECTIONS = tuple(TITLES)
 CALL_SECTIONS = ("noop", "paced", "hog", "pipelined", "sizes")  # in this order; the rest opens no peers

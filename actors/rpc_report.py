@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from rich import box
 from rich.table import Table
 
-from ray_shm.actors.bench_report import figure_text, machine, machine_text, print_line, size_text, table_console
+from ray_shm.actors.bench_report import figure_text, machine, machine_text, print_line, table_console
+from ray_shm.size_text import size_text
 
 _PACKAGES = ("ray-shm", "ray", "torch", "torchmonarch", "numpy")
 TITLES = {

@@ -9,7 +9,7 @@ import atexit
 import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import ray
@@ -19,6 +19,7 @@ from ray_shm.actors.call import CallOptions, closed_error
 from ray_shm.actors.callback_server import CALLBACK_THREAD
 from ray_shm.actors.dispatcher import Dispatcher
 from ray_shm.actors.healing import Healer
+from ray_shm.actors.rank import Rank, summary
 from ray_shm.actors.recruiting import Recruiter
 from ray_shm.actors.release import Releaser
 from ray_shm.actors.remote_replies import RemoteReplies
@@ -29,34 +30,15 @@ from ray_shm.actors.worker import ping
 from ray_shm.deadline import Deadline
 from ray_shm.errors import RayShmError, StartError, WorkerDiedError
 from ray_shm.placement.bundles import Reservation
-from ray_shm.placement.topology import RankPlace
 from ray_shm.queue_reader import QueueReader
 from ray_shm.queue_writer import QueueWriter
 from ray_shm.ring import Bell
 
 CLOSE_TIMEOUT = 10.0  # seconds that calls in flight and exit handlers may take
 _STOP_TICK = 0.1
-T = TypeVar("T")
 _STOP_SEND = 2.0  # seconds for the stop request to find room behind stuck ranks
 
-
-@dataclass
-class Rank:
-    """A rank as the driver knows it.
-
-    Attributes:
-        position: of its bundle in the reservation. transport: "shm" or "zmq".
-        visible: its pid means something in this process. store: where it would serve the groups' store.
-        stacks_fd: its descriptor of the file with its stacks, -1 until it has started.
-    """
-
-    place: RankPlace
-    position: int
-    actor: Any
-    transport: str
-    visible: bool
-    store: tuple[str, int]
-    stacks_fd: int = -1
+T = TypeVar("T")
 
 
 class GroupRuntime:
@@ -134,20 +116,11 @@ class GroupRuntime:
 
     def where(self, rank: int) -> str:
         """Where a rank is and what it does, in words."""
-        place = self.ranks[rank].place.place
-        gpus = f", GPU {','.join(place.gpu_ids)}" if place.gpu_ids else ""
-        row = self.row(rank)
-        doing = f", {row.words()}" if row is not None else ""
-        return f"node {place.node_ip}{gpus}, pid {place.pid}{doing}"
+        return self.ranks[rank].where(self.board)
 
     def row(self, rank: int) -> Standing | None:
-        """What the rank wrote into shared memory, None where it cannot reach that, or it is freed."""
-        if self.board is None or self.ranks[rank].transport != "shm":
-            return None
-        try:
-            return self.board.standing(rank)
-        except ValueError:  # released under us: the group was closed
-            return None
+        """What the rank wrote into shared memory, None where this process cannot reach that, or it is freed."""
+        return self.ranks[rank].row(self.board)
 
     def standings(self, timeout: float) -> dict[int, Standing]:
         """Where each living rank stands; those that do not answer in time are left out."""
@@ -181,26 +154,11 @@ class GroupRuntime:
         )
 
     def summary(self) -> str:
-        nodes = len({entry.place.place.node_id for entry in self.ranks.values()})
-        transports = "+".join(sorted({entry.transport for entry in self.ranks.values()}))
-        return f"{len(self.ranks)} × {self.worker_name} on {nodes} node{'s' * (nodes > 1)} through {transports}"
-
-    def call(
-        self,
-        method: Any,
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-        timeout: float | None = None,
-    ) -> Any:
-        """A plain call of all ranks."""
-        deadline = Deadline.after(timeout)
-        call = self.dispatcher.submit(method, args, kwargs or {}, None, None, None, deadline)
-        self.dispatcher.wait(call, deadline)
-        return call.outcome()
+        return summary(self.worker_name, self.ranks)
 
     def check_health(self, timeout: float | None) -> None:
         """Raises RpcError or RpcTimeoutError."""
-        self.call(ping, timeout=timeout)
+        self.dispatcher.call(ping, timeout)
 
     def _on_death(self, death: WorkerDiedError) -> None:
         if self.healer is not None:

@@ -29,15 +29,15 @@ _TEXT = 104
 _TEXT_BYTES = SLOT - _TEXT - 8
 _ATTEMPTS = 100
 
-STARTING, IDLE, RUNNING, REPLYING, ENDED = range(5)
-STATES = ("starting", "idle", "running", "replying", "ended")
+STARTING, IDLE, RUNNING, REPLYING, ENDED, UNPICKLING = range(6)
+STATES = ("starting", "idle", "running", "replying", "ended", "running")
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """One rank's row. state: of STATES. call_id, method: of the present call, or the last. seconds: in this state.
+    """One rank's row. state: of STATES. call_id, method: of the present call, or the last; "" while it is unpickled.
 
-    calls: how many have ended. operation: the collective it is in, "" if none or not known.
+    seconds: in this state. calls: how many have ended. operation: the collective it is in, "" if none or not known.
     """
 
     state: str
@@ -51,7 +51,8 @@ class Standing:
         """As in "running 'train' (call 412) for 41.0 s in all_reduce of 'tp'"."""
         where = f" in {self.operation}" if self.operation else ""
         if self.state in ("running", "replying"):
-            return f"{self.state} {self.method!r} (call {self.call_id}) for {self.seconds:.1f} s{where}"
+            what = f"{self.method!r} (call {self.call_id})" if self.method else f"call {self.call_id} (being unpickled)"
+            return f"{self.state} {what} for {self.seconds:.1f} s{where}"
         return f"{self.state} for {self.seconds:.1f} s{where}"
 
 
@@ -68,11 +69,11 @@ class StatusRow:
         self._changes = 0
 
     def begin(self, call_id: int) -> None:
-        """A call was taken from the queue."""
+        """A call was taken from the queue; what it runs is not known yet."""
         ints, longs = self._ints, self._longs
         self._changes = changes = (self._changes + 2) & 0xFFFFFFFF
         ints[0] = changes | 1
-        ints[1] = RUNNING
+        ints[1] = UNPICKLING
         longs[1] = call_id
         longs[2] = time.monotonic_ns()
         ints[0] = changes
@@ -85,6 +86,7 @@ class StatusRow:
             self._ints[8] = 0
             self._text[: len(data)] = data
             self._ints[8] = len(data)
+        self._ints[1] = RUNNING
 
     def replying(self) -> None:
         self._ints[1] = REPLYING
@@ -174,7 +176,7 @@ def read(longs: memoryview, ints: memoryview, text: memoryview) -> Standing:
     for _ in range(_ATTEMPTS):
         before = ints[0]
         state, call_id, since, calls, length = ints[1], longs[1], longs[2], longs[3], ints[8]
-        method = bytes(text[:length]).decode(errors="replace")
+        method = bytes(text[:length]).decode(errors="replace") if state != UNPICKLING else ""
         if not before & 1 and ints[0] == before:
             break
     seconds = max(0.0, (time.monotonic_ns() - since) / 1e9) if since else 0.0

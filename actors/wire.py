@@ -38,6 +38,11 @@ _REPLY = struct.Struct("<QIBxH")
 Method = str | Callable[..., Any]
 
 
+def method_name(method: Method) -> str:
+    """As messages and the ranks' rows show it."""
+    return method if isinstance(method, str) else getattr(method, "__qualname__", "") or repr(method)
+
+
 class Scatter:
     """A value in args or kwargs that differs by rank: element k goes to the k-th target rank."""
 
@@ -141,12 +146,6 @@ def encode_order(
 ) -> list[Buffer]:
     """A request of the library's own: `payload` is plain data. `targets` None: all ranks."""
     return codec.encode(payload, _request_prefix(call_id, epoch, kind, EVERY_RANK, targets, 0))
-
-
-def readdress(frames: Sequence[Buffer], call_id: int) -> list[Buffer]:
-    """The same request or reply under another call id; the frames stay as they are."""
-    first = bytes(frames[0])
-    return [struct.pack("<Q", call_id) + first[8:], *frames[1:]]
 
 
 def _request_prefix(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
@@ -15,12 +16,15 @@ from ray_shm.actors import status_board, wire
 from ray_shm.actors.cancellation import Cancellation
 from ray_shm.actors.status_board import StatusRow
 from ray_shm.deadline import Deadline
-from ray_shm.errors import RemoteError, StartError
+from ray_shm.errors import PeerLostError, QueueClosedError, RemoteError, StartError
 from ray_shm.queue_reader import QueueReader
 from ray_shm.queue_writer import QueueWriter
 from ray_shm.ring import Buffer
 
+logger = logging.getLogger("ray_shm")
+
 STREAM_WINDOW = 16  # items of one rank that may be under way, unread by the stream's consumer
+_MOST_INTERRUPTIONS = 1000  # of one wait for a request, before it is given up
 _NEVER = Deadline.after(None)
 
 
@@ -51,6 +55,7 @@ class WorkerLoop:
         self._reform = reform
         self._asyncio: asyncio.AbstractEventLoop | None = None
         self.cancellation = Cancellation(rank)
+        self._interruptions = 0  # since the last request
         self._credits: _Credits | None = None  # of the stream whose items are sent
         shm = requests.shm
         self._ring_driver: Callable[[], None] = shm.ring.bell.ring if shm is not None else lambda: None
@@ -91,7 +96,17 @@ class WorkerLoop:
             credits.grant(taken)
 
     def _serve_one(self) -> bool:
-        self._requests.await_message(_NEVER)
+        try:
+            self._requests.await_message(_NEVER)
+        except (QueueClosedError, PeerLostError):
+            raise
+        except Exception:  # not SystemExit, nor KeyboardInterrupt (SIGINT): these end the worker
+            self._interruptions += 1
+            if self._interruptions > _MOST_INTERRUPTIONS:  # no signal handler does that
+                raise
+            logger.exception("rank %d: a signal handler raised while no call ran; the worker goes on", self._rank)
+            return True
+        self._interruptions = 0
         frames = self._requests.poll()
         if frames is None:
             return True
@@ -105,6 +120,7 @@ class WorkerLoop:
             call: Any = self._decode(request, kind)
         except BaseException as exc:  # whatever the user's class raises while unpickling: an error of this call
             call = exc
+            self._row.show("")
         self._requests.release()
         del frames
         request.frames = ()  # the method alone keeps the memory of large arguments
@@ -134,6 +150,7 @@ class WorkerLoop:
         """The reply's frames, or None where no reply is wanted."""
         try:
             if request.kind == wire.REFORM:
+                self._row.show("re-form groups")
                 self._reform(call)
                 return wire.encode_result(request.call_id, request.epoch, self._rank, None)
             cancellation = self._cancellable(request)
@@ -152,7 +169,7 @@ class WorkerLoop:
             self._row.show(method)
             result = getattr(self._worker, method)(*args, **kwargs)
         else:
-            self._row.show(getattr(method, "__qualname__", "") or repr(method))
+            self._row.show(wire.method_name(method))
             result = method(self._worker, *args, **kwargs)
         if result is not None and hasattr(type(result), "__await__"):
             result = self._await(result)

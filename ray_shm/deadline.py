@@ -6,7 +6,7 @@ import time
 from typing import NamedTuple
 
 
-class Deadline(NamedTuple):  # made in a third of the time that a frozen dataclass takes, once or more a call
+class Deadline(NamedTuple):  # made once or more a call, in about 0.6 of the time of a frozen dataclass
     """When to stop waiting. ``at`` is ``time.monotonic()`` seconds, or None for never."""
 
     at: float | None

@@ -20,6 +20,7 @@ from ray_shm.queue_end import QueueEnd, QueueStats
 from ray_shm.reader_watch import ReaderWatch
 from ray_shm.ring import Buffer
 from ray_shm.shm_channel import RING_BYTES, ShmWriter
+from ray_shm.size_text import size_text
 from ray_shm.waiting import IDLE_PARK
 
 if TYPE_CHECKING:
@@ -406,14 +407,3 @@ class QueueWriter(QueueEnd):
                     self._zmq.drop(rank)
             elif self._watch is not None:
                 self._watch.drop(self._local_ranks.index(rank))
-
-
-def size_text(nbytes: int) -> str:
-    """A size as people write it: 1.2 GiB."""
-    size, units = float(nbytes), iter(("B", "KiB", "MiB", "GiB"))
-    unit = next(units)
-    for larger in units:
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    return f"{size:.0f} {unit}" if size >= 100 or unit == "B" else f"{size:.1f} {unit}"

@@ -6,9 +6,11 @@ import faulthandler
 import gc
 import os
 import signal
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import leaks
@@ -16,6 +18,7 @@ import pytest
 
 if TYPE_CHECKING:
     from reader_pool import Peer
+    from zmq_ends import MakeChannel
 
     from ray_shm.message_queue import MessageQueue
 
@@ -92,24 +95,35 @@ def what_stays() -> None:
 @pytest.fixture
 def peer() -> Iterator[Peer]:
     """Another process, for a test that may kill it or leave it hanging."""
-    from reader_pool import Peer
+    from reader_pool import peers_for
 
-    made = Peer()
-    yield made
-    made.kill()
-    made.close()
+    with peers_for(1) as [made]:
+        yield made
 
 
 @pytest.fixture
 def peers() -> Iterator[list[Peer]]:
     """Two of them."""
-    from reader_pool import Peer
+    from reader_pool import peers_for
 
-    made = [Peer(), Peer()]
-    yield made
-    for one in made:
-        one.kill()
-        one.close()
+    with peers_for(2) as made:
+        yield made
+
+
+@pytest.fixture
+def make_channel() -> Iterator[MakeChannel]:
+    """For channels between nodes with all their ends in this process."""
+    from zmq_ends import channels
+
+    with channels() as make:
+        yield make
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """For temporary files, and short: paths of sockets end at 107 characters, and pytest's own folders are long."""
+    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as name:
+        yield Path(name)
 
 
 @pytest.fixture

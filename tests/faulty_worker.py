@@ -21,7 +21,11 @@ import pytest
 import ray_shm
 
 HANG = 60.0  # seconds: whatever takes longer hangs
+SIZE = 3
+RANKS = [0, 1, 2]
 VICTIM = 1
+OTHERS = [0, 2]
+SUM = 6  # of `total`
 _LOOK = 0.002  # seconds between two looks at what another process does
 _GRACE = 5.0  # seconds for what is on its way out after a test
 

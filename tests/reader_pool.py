@@ -6,9 +6,10 @@ comes back. No torch here: a process is up in a third of a second.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing as mp
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -74,6 +75,18 @@ class Peer:
         self.kill()
         self.pipe.close()
         self.process.close()
+
+
+@contextlib.contextmanager
+def peers_for(count: int) -> Iterator[list[Peer]]:
+    """Processes that a test may kill or leave hanging."""
+    peers = [Peer() for _ in range(count)]
+    try:
+        yield peers
+    finally:
+        for peer in peers:
+            peer.kill()
+            peer.close()
 
 
 class Wire:

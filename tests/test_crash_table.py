@@ -19,6 +19,10 @@ import pytest
 import ray
 from faulty_worker import (
     HANG,
+    OTHERS,
+    RANKS,
+    SIZE,
+    SUM,
     VICTIM,
     Faulty,
     OnArrival,
@@ -43,10 +47,6 @@ from ray_shm import (
     WorkerDiedError,
 )
 
-SIZE = 3
-RANKS = [0, 1, 2]
-OTHERS = [0, 2]
-SUM = 6  # of `total`
 USABLE, HEALABLE, CLOSED = "usable", "healable", "closed"
 START_TIMEOUT = 10.0  # seconds, of a start that a stopped worker holds up
 

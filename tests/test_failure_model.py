@@ -14,7 +14,7 @@
 | driver or raylet killed                                  | test_lifecycle.py, test_launch.py                       |
 | node lost, network cut                                   | test_two_ray_hosts.py (slow); queues: test_two_hosts.py |
 | memory too small                                         | test_queue_memory.py                                    |
-| stranger on a TCP port                                   | test_zmq_channel.py                                     |
+| stranger on a TCP port                                   | test_zmq_strangers.py                                   |
 
 Interleavings of all this: test_call_property.py.
 """
@@ -33,8 +33,13 @@ from typing import Any
 import pytest
 from faulty_worker import (
     HANG,
+    OTHERS,
+    RANKS,
+    SIZE,
+    SUM,
     VICTIM,
     Faulty,
+    await_gate,
     check_for_leaks,
     kill,
     pids,
@@ -54,11 +59,6 @@ from ray_shm import (
     StartError,
     WorkerDiedError,
 )
-
-SIZE = 3
-RANKS = [0, 1, 2]
-OTHERS = [0, 2]
-SUM = 6  # of `total`
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +99,54 @@ def on_victim(value: Any) -> Scatter:
 
 
 # ---- a worker raises ------------------------------------------------------------------------------------------------
+
+
+def test_a_signal_handler_that_raises_between_two_calls_is_logged(group: ActorGroup, tmp_path: Path) -> None:
+    def install(worker: Faulty, path: str) -> None:
+        import logging
+
+        class Log(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                worker.kept = (record.getMessage(), str(record.exc_info and record.exc_info[1]))
+                Path(path).touch()
+
+        def raise_error(number: int, frame: Any) -> None:
+            raise ValueError("in a signal handler")
+
+        worker.log = Log()  # type: ignore[attr-defined]
+        logging.getLogger("ray_shm").addHandler(worker.log)  # type: ignore[attr-defined]
+        signal.signal(signal.SIGUSR1, raise_error)
+
+    def remove(worker: Faulty) -> Any:
+        import logging
+
+        logging.getLogger("ray_shm").removeHandler(worker.log)  # type: ignore[attr-defined]
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+        return worker.kept
+
+    logged = tmp_path / "logged"
+    before = pids(group)
+    group.collective_rpc(install, HANG, (str(logged),), target_ranks=[VICTIM])
+    wait_for(lambda: "in await_message" in group.stacks([VICTIM])[VICTIM], "it waits for the next call")
+    os.kill(before[VICTIM], signal.SIGUSR1)
+    wait_for(logged.exists, "it is logged")
+    text = f"rank {VICTIM}: a signal handler raised while no call ran; the worker goes on"
+    assert group.collective_rpc(remove, HANG, target_ranks=[VICTIM]) == [(text, "in a signal handler")]
+    assert pids(group) == before
+
+
+def test_a_call_that_is_being_unpickled_has_no_name_yet(group: ActorGroup, gate: Path) -> None:
+    class AtGate:
+        def __reduce__(self) -> Any:
+            return await_gate, (str(gate),)
+
+    future = group.collective_rpc("echo", HANG, (on_victim(AtGate()),), non_block=True)
+    wait_for(lambda: group.status()[VICTIM].state == "running", "it unpickles")
+    assert group.status()[VICTIM].method == ""
+    with pytest.raises(RpcTimeoutError, match=r"running call \d+ \(being unpickled\) for"):
+        group.collective_rpc("rank", 0.01, target_ranks=[VICTIM])
+    gate.touch()
+    assert future.result() == RANKS
 
 
 def test_alike_failures_are_told_once(group: ActorGroup) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,11 +18,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ray_shm.deadline import Deadline
 from ray_shm.errors import PlacementError
-from ray_shm.placement import capacity
 from ray_shm.placement.bundles import Reservation, WorkerResources, reserve
-from ray_shm.placement.capacity import Node, Request
 from ray_shm.placement.devices import verify
-from ray_shm.placement.ports import HeldPort
 from ray_shm.placement.topology import WorkerPlace, assign_ranks
 
 PLENTY = 60.0  # s; against hangs only
@@ -113,112 +109,6 @@ class TestBeforeRay:
         full = WorkerResources(cpus=2, gpus=0.5, custom={"memory": 1e6, "disk": 3, "unused": 0})
         assert full.bundle() == {"CPU": 2, "GPU": 0.5, "memory": 1e6, "disk": 3}
         assert full.actor_options() == {"num_cpus": 2, "num_gpus": 0.5, "memory": 1e6, "resources": {"disk": 3}}
-
-
-class TestCapacity:
-    nodes = [Node("a", "10.0.0.1", {"GPU": 2, "CPU": 8}, {"CPU": 8}), Node("b", "10.0.0.2", {"GPU": 3.0}, {"GPU": 3.0})]
-
-    @pytest.mark.parametrize(
-        ("count", "bundle", "strategy", "fits"),
-        [
-            (5, {"GPU": 1}, "PACK", True),
-            (6, {"GPU": 1}, "PACK", False),
-            (5, {"GPU": 1}, "SPREAD", True),
-            (3, {"GPU": 1}, "STRICT_PACK", True),
-            (4, {"GPU": 1}, "STRICT_PACK", False),
-            (2, {"GPU": 1}, "STRICT_SPREAD", True),
-            (3, {"GPU": 1}, "STRICT_SPREAD", False),
-            (2, {"GPU": 2}, "PACK", True),
-            (3, {"GPU": 2}, "PACK", False),
-            (10, {"GPU": 0.5}, "PACK", True),
-            (6, {"GPU": 0.6}, "PACK", False),
-            (80, {"CPU": 0.1}, "PACK", True),
-            (81, {"CPU": 0.1}, "PACK", False),
-            (1, {"disk": 1}, "PACK", False),
-        ],
-    )
-    def test_can_ever_fit(self, count: int, bundle: dict[str, float], strategy: str, fits: bool) -> None:
-        assert capacity.can_ever_fit(self.nodes, Request(count, bundle, strategy)) is fits
-        assert not capacity.can_ever_fit([], Request(count, bundle, strategy))
-
-    def test_a_bundle_no_node_holds_is_explained(self) -> None:
-        text = capacity.describe(self.nodes, Request(1, {"GPU": 4}, "PACK"))
-        assert "8 CPU, 5 GPU on 2 nodes, free: 8 CPU, 3 GPU" in text
-        assert "a bundle never spans nodes, and no node holds {GPU: 4}" in text
-
-
-class TestVerify:
-    @staticmethod
-    def place(bundle: int, gpus: str, visible: str | None = "same", node: str = "a") -> WorkerPlace:
-        ids = tuple(gpus.split(",")) if gpus else ()
-        return WorkerPlace(bundle, node, "10.0.0.1", 100 + bundle, ids, gpus if visible == "same" else visible)
-
-    def test_what_was_promised_passes(self) -> None:
-        verify([self.place(0, "0"), self.place(1, "1"), self.place(2, "0", node="b")], 1)
-        verify([self.place(0, "0,1", "1,0"), self.place(1, "2,3")], 2)
-        verify([self.place(0, "0"), self.place(1, "0")], 0.5)
-        verify([self.place(0, "", "0,1,2"), self.place(1, "", None)], 0)
-
-    @pytest.mark.parametrize("visible", [None, "", "7", "3,7"])
-    def test_other_visible_devices_name_the_likely_cause(self, visible: str | None) -> None:
-        with pytest.raises(PlacementError, match=r"bundle 4 \(pid 104, node 10.0.0.1\).*GPU 3.*env_vars"):
-            verify([self.place(4, "3", visible)], 1)
-        verify([self.place(4, "3", visible)], 1, overridden=True)
-
-    @pytest.mark.parametrize(("gpus", "promised"), [("", 1), ("0,1", 1), ("0", 2), ("", 0.5), ("0,1", 0.5)])
-    def test_another_number_of_gpus(self, gpus: str, promised: float) -> None:
-        with pytest.raises(PlacementError, match="promised"):
-            verify([self.place(0, gpus)], promised, overridden=True)
-
-    def test_one_gpu_twice(self) -> None:
-        twice = [self.place(0, "0"), self.place(1, "1"), self.place(2, "1")]
-        with pytest.raises(PlacementError, match=r"GPU 1 .* bundle 1 .* bundle 2 "):
-            verify(twice, 1)
-
-
-class TestHeldPort:
-    @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1"])
-    def test_is_held_until_closed(self, host: str) -> None:
-        with HeldPort.bind(host) as held:
-            assert held.host == host
-            socket.create_connection((host, held.port), PLENTY).close()
-            with pytest.raises(PlacementError):
-                HeldPort.bind(host, (held.port, held.port))
-        with pytest.raises(ConnectionRefusedError):
-            socket.create_connection((host, held.port), PLENTY)
-        held.close()
-
-    def test_take_passes_the_open_socket_on(self) -> None:
-        with HeldPort.bind("127.0.0.1") as held:
-            taken = held.take()
-        with taken, pytest.raises(RuntimeError):
-            held.take()
-        with HeldPort.bind("127.0.0.1") as held, held.take() as taken:
-            assert taken.getsockname() == ("127.0.0.1", held.port)
-            socket.create_connection(taken.getsockname(), PLENTY).close()
-            taken.accept()[0].close()
-
-    def test_range_skips_what_is_in_use(self) -> None:
-        with HeldPort.bind("127.0.0.1") as first:
-            last = min(first.port + 50, 65535)
-            with HeldPort.bind("127.0.0.1", (first.port, last)) as second:
-                assert first.port < second.port <= last
-
-    @pytest.mark.parametrize("bad", [(0, 10), (20, 10), (65000, 65536)])
-    def test_a_wrong_range_is_refused(self, bad: tuple[int, int]) -> None:
-        with pytest.raises(ValueError):
-            HeldPort.bind("127.0.0.1", bad)
-
-    def test_an_address_of_another_machine(self) -> None:
-        with pytest.raises(PlacementError, match="address of this node"):
-            HeldPort.bind("203.0.113.1")
-
-    def test_dropped_it_is_closed_and_warned_about(self) -> None:
-        held = [HeldPort.bind("127.0.0.1")]
-        port = held[0].port
-        with pytest.warns(ResourceWarning, match=f"port {port}"):
-            held.clear()
-        HeldPort.bind("127.0.0.1", (port, port)).close()
 
 
 @pytest.fixture(scope="class")

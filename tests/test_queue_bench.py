@@ -7,19 +7,18 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import leaks
 import pytest
+from program import start
 
 from ray_shm.actors import cli, iceoryx_peer
-from ray_shm.actors.bench_report import parse_size, size_text
+from ray_shm.actors.bench_report import parse_size
+from ray_shm.size_text import size_text
 
 WATCHDOG = 100.0  # seconds; only a hang comes near
 HAS_ICEORYX = importlib.util.find_spec("iceoryx2") is not None
@@ -75,25 +74,6 @@ def run(code: str, *args: str, folder: Path) -> Done:
     with start(code, *args, folder=folder) as process:
         out, err = process.communicate(timeout=WATCHDOG)
     return Done(process.returncode, out, err)
-
-
-def start(code: str, *args: str, folder: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *args],
-        cwd=folder,
-        env=os.environ | {"TMPDIR": str(folder)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """For temporary files, and short: paths of sockets end at 107 characters, and pytest's own folders are long."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as name:
-        yield Path(name)
 
 
 @pytest.fixture(scope="module")

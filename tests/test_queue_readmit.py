@@ -6,35 +6,39 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any
 
 import pytest
-import zmq
 from hazard_checks import content, is_content
-from injection import HANG, Fuse, codes, die, fork_child, is_alive, result_within, wait_for, wait_until_asleep
+from injection import HANG, fork_child, is_alive, result_within, wait_for, wait_until_asleep
 from queue_ends import blocked
-from reader_pool import Peer
+from reader_pool import Peer, peers_for
+from readmit_lives import (
+    KINDS,
+    amid_a_message,
+    behind,
+    collect,
+    dies_attaching,
+    holding,
+    kill,
+    parked,
+    queue_of_two,
+    receive,
+    send,
+)
 
-from ray_shm import reader_watch, ring
+from ray_shm import reader_watch
 from ray_shm.deadline import Deadline
 from ray_shm.errors import PeerLostError, QueueClosedError, StartError
-from ray_shm.handle import Handle
 from ray_shm.message_queue import MessageQueue
 from ray_shm.queue_writer import QueueWriter
 from ray_shm.ring import LEASES
-from ray_shm.zmq_reader import ZmqReader
-from ray_shm.zmq_wire import LIFELINE, Hello
-from ray_shm.zmq_writer import ZmqWriter
 
 pytestmark = pytest.mark.usefixtures("what_stays")
 
 SOON = 0.1  # seconds: a timeout that is meant to run out
-SIZES = (20, 400_000, 7000, 90_000)  # in the pickle; leased; beside it in the ring; copied out of the arena
 SMALL: dict[str, Any] = {"max_chunk_bytes": 1000, "max_chunks": 4}
-# Local readers of two, and which one is replaced
-KINDS = {"shm": (2, 1), "zmq": (0, 1), "mixed, the local one": (1, 0), "mixed, the remote one": (1, 1)}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 shm_and_zmq = pytest.mark.parametrize("kind", ["shm", "zmq"])
 
@@ -42,102 +46,13 @@ shm_and_zmq = pytest.mark.parametrize("kind", ["shm", "zmq"])
 @pytest.fixture(scope="module")
 def zygotes() -> Iterator[list[Peer]]:
     """Two processes that fork those which read, so that these are there in no time."""
-    made = [Peer(), Peer()]
-    yield made
-    for one in made:
-        one.kill()
-        one.close()
+    with peers_for(2) as made:
+        yield made
 
 
 @pytest.fixture
 def zygote(zygotes: list[Peer]) -> Peer:
     return zygotes[0]
-
-
-# Lives of readers, in children of a zygote
-
-
-def parked(say: Any, handle: Handle, rank: int) -> None:
-    queue = MessageQueue.create_from_handle(handle, rank)
-    for _ in SIZES:
-        queue.dequeue(HANG)
-    say("parked")
-    queue.dequeue()
-
-
-def amid_a_message(say: Any, handle: Handle, rank: int) -> None:
-    queue = MessageQueue.create_from_handle(handle, rank)
-    queue.dequeue(HANG)
-    with queue.acquire_read(HANG):  # the large one
-        say("reading")
-        signal.pause()
-
-
-def holding(say: Any, handle: Handle, rank: int) -> None:
-    queue = MessageQueue.create_from_handle(handle, rank)
-    kept = [queue.dequeue(HANG) for _ in SIZES]
-    say(len(kept))
-    signal.pause()
-
-
-def behind(say: Any, handle: Handle, rank: int) -> None:
-    queue = MessageQueue.create_from_handle(handle, rank)
-    queue.wait_until_ready(HANG)
-    say("ready")
-    signal.pause()
-
-
-def collect(say: Any, handle: Handle, rank: int) -> None:
-    """The numbers of the messages up to None, as a reader that comes later."""
-    queue = MessageQueue.create_from_handle(handle, rank)
-    queue.wait_until_ready(HANG)
-    got = []
-    while (message := queue.dequeue(HANG)) is not None:
-        k, data = message
-        got.append(k if is_content(data, k, len(data)) else f"{k} is torn")
-        del message, data
-    say(got)
-    queue.close()
-
-
-def dies_attaching(say: Any, at: int, handle: Handle, rank: int) -> None:
-    fuse = Fuse(codes(ring.RingReader.__init__, ring.RingReader.set_state, ring.Bell.ring), at, die)
-    fuse.light()
-    queue = MessageQueue.create_from_handle(handle, rank)
-    fuse.put_out()
-    say("attached")
-    queue.close()
-
-
-def kill(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: not is_alive(pid), f"the end of {pid}")
-
-
-def send(queue: MessageQueue, numbers: range) -> list[int]:
-    for k in numbers:
-        queue.enqueue((k, content(k, SIZES[k % len(SIZES)])), HANG)
-    return list(numbers)
-
-
-def receive(queue: MessageQueue) -> list[int]:
-    """Numbers of all messages up to None."""
-    numbers = []
-    while (message := queue.dequeue(HANG)) is not None:
-        assert is_content(message[1], message[0], SIZES[message[0] % len(SIZES)])
-        numbers.append(message[0])
-        del message
-    return numbers
-
-
-@contextmanager
-def queue_of_two(kind: str, **bounds: Any) -> Iterator[tuple[MessageQueue, QueueWriter, MessageQueue, int]]:
-    """(queue, its writing end, the reading end here that stays, rank that is replaced)."""
-    n_local, rank = KINDS[kind]
-    with MessageQueue(2, n_local, **bounds) as queue:
-        assert queue._writer is not None
-        with MessageQueue.create_from_handle(queue.export_handle(), 1 - rank) as other:
-            yield queue, queue._writer, other, rank
 
 
 # What the new reader gets, and the others
@@ -417,74 +332,6 @@ def test_not_inside_of_a_send() -> None:
             writer.send([bytes(900)], Deadline.after(HANG), lambda: writer.readmit(rank))
         writer.readmit(rank)
         assert not writer.behind().get(rank)
-
-
-def test_an_old_reader_across_nodes_that_lives_on_does_not_disturb() -> None:
-    """A host that was cut off: its reader's words, and the end of its connections, are not the new reader's."""
-    writer = ZmqWriter([0], 1000, "127.0.0.1")
-    with closing(writer), closing(ZmqReader(writer.address, 0, 1)) as old:
-        wait_for(lambda: not writer.missing(), "the first reader")
-        writer.ready()
-        writer.send([bytes(900)], 900)
-        wait_for_frames(old)
-        writer.drop(0)
-        assert writer.room(900)
-        writer.send([b"for nobody"], 10)
-        writer.readmit(0)
-        assert not writer.room(900)
-        with late_lifeline(writer, writer._replaced[0]):
-            wait_for(lambda: writer.refused == 1, "it is refused")
-        with closing(ZmqReader(writer.address, 0, 2)) as new:
-            wait_for(lambda: not writer.missing(), "the second reader")
-            wait_for(lambda: new.peek() is None and new.ready, "the queue was ready before")
-            send_zeros(writer, 900)
-            old.release()  # which acknowledges
-            assert old.peek() is None
-            old.close()  # which says goodbye
-            wait_for(lambda: writer.refused and len(writer._peers) == 1, "the end of the old connections")
-            assert writer.late() == [(0, 900)]
-            assert not writer.room(900), "the old reader's credit is not the new one's"
-            assert len(wait_for_frames(new)[0]) == 900
-            new.release()
-            new.peek()
-            wait_for(lambda: writer.room(900), "an acknowledgement")
-            send_zeros(writer, 450)
-            send_zeros(writer, 450)
-            wait_for_frames(new)
-            new.release()
-            wait_for(lambda: writer.probe() or writer.late() != [(0, 900)], "an acknowledgement of the first")
-            assert writer.late() == [(0, 450)]
-            assert writer.refused == 1
-            assert writer.pid(0) == 2
-
-
-def send_zeros(writer: ZmqWriter, nbytes: int) -> None:
-    assert writer.room(nbytes)
-    writer.send([bytes(nbytes)], nbytes)
-
-
-def wait_for_frames(reader: ZmqReader) -> list[memoryview]:
-    wait_for(lambda: reader.peek() is not None, "a message")
-    frames = reader.peek()
-    assert frames is not None
-    return frames
-
-
-@contextmanager
-def late_lifeline(writer: ZmqWriter, nonce: bytes) -> Iterator[None]:
-    """The second connection of the reader that had `nonce`, so late that its rank was readmitted meanwhile."""
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    dealer = context.socket(zmq.DEALER)
-    dealer.setsockopt(zmq.LINGER, 0)
-    dealer.curve_serverkey = writer.address.server_key
-    dealer.curve_publickey, dealer.curve_secretkey = zmq.curve_keypair()
-    dealer.connect(writer.address.endpoint)
-    dealer.send(Hello(LIFELINE, writer.address.token, 0, 1, nonce).pack())
-    try:
-        yield
-    finally:
-        dealer.close()
-        context.term()
 
 
 # Many times

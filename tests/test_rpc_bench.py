@@ -7,15 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import leaks
 import psutil
 import pytest
+from program import start
 
 from ray_shm.actors import cli, rpc_bench
 from ray_shm.actors.rpc_report import TITLES, LeftOut, Report, make_row
@@ -26,32 +25,13 @@ OPTIONAL = {"ray-shm, driver actor", "Monarch"}  # measured, or left out with a 
 RUN = "import sys; from ray_shm.actors.cli import main; sys.exit(main(['bench', 'rpc', *sys.argv[1:]]))"
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """For Ray's files, and short: paths of its sockets end at 107 characters."""
-    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as name:
-        yield Path(name)
-
-
-def start(*args: str, folder: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", RUN, *args],
-        cwd=folder,
-        env=os.environ | {"TMPDIR": str(folder)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
 @pytest.mark.parametrize(
     "sections",
     [["noop", "pipelined", "sizes"], pytest.param(["paced", "hog", "kill", "launch"], marks=pytest.mark.slow)],
     ids=" ".join,
 )
 def test_a_quick_run_has_a_sane_row_of_every_peer(sections: list[str], folder: Path) -> None:
-    with start("--quick", "--json", "--only", *sections, "--payload", "64KiB", folder=folder) as process:
+    with start(RUN, "--quick", "--json", "--only", *sections, "--payload", "64KiB", folder=folder) as process:
         out, err = process.communicate(timeout=WATCHDOG)
     assert process.returncode == 0, err
     lines = [json.loads(line) for line in out.splitlines()]  # and not a word of Ray's in between
@@ -87,7 +67,7 @@ def assert_sane(row: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_ctrl_c_ends_it_with_the_table_so_far_and_no_process(folder: Path) -> None:
     arguments = ["--quick", "--only", "paced", "hog", "--seconds", "600", "--calls", "1000000000"]
-    with start(*arguments, folder=folder) as process:
+    with start(RUN, *arguments, folder=folder) as process:
         assert process.stderr is not None
         next(line for line in process.stderr if line.endswith("2 workers: paced\n"))
         os.kill(process.pid, signal.SIGINT)

@@ -8,52 +8,28 @@ import gc
 import os
 import random
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any
 
 import pytest
-import zmq
 from reader_pool import WATCHDOG, Me, Peer
+from zmq_ends import BOUND, LOCALHOST, MakeChannel, has_room, peek, send, take, wait, wait_for_error, wait_heard
 
-from ray_shm.errors import PeerLostError, StartError
+from ray_shm.errors import PeerLostError
 from ray_shm.handle import ZmqAddress
-from ray_shm.zmq_credit import ASK_EVERY, WINDOW, Credit, Terms
 from ray_shm.zmq_reader import ZmqReader
 from ray_shm.zmq_wire import PIECE, Head, Hello, WireError, unpack_count
 from ray_shm.zmq_writer import ZmqWriter
-
-BOUND = 1 << 20
-LOCALHOST = "127.0.0.1"
-MakeChannel = Callable[..., tuple[ZmqWriter, list[ZmqReader]]]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _resource_tracker() -> None:
     """Python's own helper process, which the first spawn starts and the interpreter's exit ends."""
     resource_tracker.ensure_running()
-
-
-@pytest.fixture
-def make_channel() -> Iterator[MakeChannel]:
-    with contextlib.ExitStack() as ends:
-
-        def make(n_reader: int = 1, bound: int = BOUND, ip: str = LOCALHOST) -> tuple[ZmqWriter, list[ZmqReader]]:
-            writer = ZmqWriter(range(n_reader), bound, ip)
-            ends.callback(writer.close, 0)
-            readers = [ZmqReader(writer.address, rank, os.getpid()) for rank in range(n_reader)]
-            for reader in readers:
-                ends.callback(reader.close)
-            wait(lambda: not writer.missing(), writer)
-            return writer, readers
-
-        yield make
 
 
 @pytest.fixture
@@ -67,62 +43,6 @@ def make_peer() -> Iterator[Callable[[], Peer]]:
     yield make
     for peer in made:
         peer.close()
-
-
-def wait(condition: Callable[[], bool], end: ZmqWriter | ZmqReader) -> None:
-    deadline = time.monotonic() + WATCHDOG
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        end.poll(0.05)
-
-
-def send(writer: ZmqWriter, *frames: Any) -> None:
-    nbytes = sum(len(frame) for frame in frames)
-    wait(lambda: writer.room(nbytes), writer)
-    writer.send(frames, nbytes)
-
-
-def take(reader: ZmqReader) -> list[bytes]:
-    frames = peek(reader)
-    taken = [bytes(frame) for frame in frames]
-    reader.release()
-    return taken
-
-
-def peek(reader: ZmqReader) -> list[memoryview]:
-    wait(lambda: reader.peek() is not None, reader)
-    frames = reader.peek()
-    assert frames is not None
-    return frames
-
-
-def wait_heard(condition: Callable[[], bool], writer: ZmqWriter) -> None:
-    """Until what the writer has heard makes it true."""
-
-    def heard() -> bool:
-        writer.probe()
-        return condition()
-
-    wait(heard, writer)
-
-
-def wait_for_error(kind: type[Exception], step: Callable[[], object], *ends: ZmqWriter | ZmqReader) -> Exception:
-    deadline = time.monotonic() + WATCHDOG
-    while time.monotonic() < deadline:
-        for end in ends:
-            end.poll(0.02)
-        try:
-            step()
-        except kind as exc:
-            return exc
-    raise AssertionError(f"no {kind.__name__} came")
-
-
-def has_room(writer: ZmqWriter, nbytes: int) -> bool:
-    """Once everything that readers have said is in: their words take no longer than an answer does."""
-    for _ in range(3):
-        writer.poll(0.01)
-    return writer.room(nbytes)
 
 
 # Checks: these run in readers' processes
@@ -262,110 +182,6 @@ def test_words_that_do_not_parse() -> None:
                 parse(word)
 
 
-# Credit
-
-
-def test_the_bound_is_exact(make_channel: MakeChannel) -> None:
-    writer, [reader] = make_channel()
-    for size, fits in ((100_000, 10), (BOUND, 1), (BOUND // 2 + 1, 1), (BOUND // 4, 4)):
-        for _ in range(fits):
-            assert has_room(writer, size)
-            send(writer, bytes(size))
-        assert not has_room(writer, size)
-        assert writer.late() == [(0, size * fits)]
-        take(reader)
-        wait(lambda size=size: writer.room(size), writer)  # type: ignore[misc]
-        assert [n for _, n in writer.late()] == ([size * (fits - 1)] if fits > 1 else [])
-        for _ in range(fits - 1):
-            take(reader)
-
-
-def test_a_message_larger_than_the_bound_goes_alone(make_channel: MakeChannel) -> None:
-    writer, [reader] = make_channel()
-    send(writer, b"small")
-    assert not has_room(writer, 3 * BOUND)
-    take(reader)
-    send(writer, bytes(3 * BOUND))
-    assert not has_room(writer, 1)
-    assert take(reader) == [bytes(3 * BOUND)]
-    send(writer, b"small")
-    assert take(reader) == [b"small"]
-
-
-def test_messages_are_bounded_too(make_channel: MakeChannel) -> None:
-    writer, [reader] = make_channel(1, 240 << 20)
-    while writer.room(10):
-        send(writer, bytes(10))
-    assert writer.late() == [(0, 10 * (WINDOW + ASK_EVERY - 1))]
-    for _ in range(ASK_EVERY):
-        assert not writer.room(10)
-        take(reader)
-    wait(lambda: writer.room(10), writer)
-
-
-def test_room_follows_what_is_unread() -> None:
-    """A writer with credit is never kept waiting for room that is there, nor goes a 64th beyond the bound.
-
-    The reader reads at any time, says so only when asked or when all is read, and may pause anywhere.
-    """
-    for bound in (1000, 70_000, 10_000_000):
-        check_room(bound, random.Random(bound))
-
-
-def check_room(bound: int, rng: random.Random) -> None:
-    credit = Credit(Terms(bound))
-    unread: list[tuple[int, int]] = []
-    read = 0
-    for _ in range(20_000):
-        nbytes = rng.choice([0, 10, bound // 5000, bound // 100, bound // 7, 2 * bound])
-        true_room = not unread or (len(unread) < WINDOW and sum(n for _, n in unread) + nbytes <= bound)
-        if true_room:
-            assert credit.fits(nbytes)
-        if credit.fits(nbytes) and rng.random() < 0.6:
-            assert not unread or sum(n for _, n in unread) + nbytes <= bound + bound // 64
-            unread.append((credit.sent, nbytes))
-            credit.spend(nbytes)
-        elif unread:
-            sequence, consumed = unread.pop(0)
-            read += 1
-            if credit.terms.asks(sequence, consumed) or not unread:
-                credit.acknowledge(read)
-            assert credit.late == bool(unread)
-    assert read > 1000
-
-
-def test_few_acknowledgements_for_many_small_messages(make_channel: MakeChannel) -> None:
-    writer, [reader] = make_channel(1, 240 << 20)
-    said: list[bytes] = []
-    tell, reader._tell = reader._tell, lambda word: (said.append(word), tell(word))[1]  # type: ignore[method-assign]
-    rounds = []
-    for _ in range(5):
-        said.clear()
-        for k in range(512):
-            send(writer, b"%d" % k)
-        assert [take(reader)[0] for k in range(512)] == [b"%d" % k for k in range(512)]
-        wait_heard(lambda: not writer.late(), writer)
-        rounds.append(len(said))
-    assert min(rounds) < 128
-
-
-def test_late_readers_are_named_and_no_others(make_channel: MakeChannel) -> None:
-    writer, readers = make_channel(3)
-    for k in range(5):
-        send(writer, b"%d" % k * 100)
-    for _ in range(5):
-        take(readers[1])
-    for _ in range(2):
-        take(readers[2])
-    wait_heard(lambda: 1 not in dict(writer.late()), writer)
-    assert sorted(dict(writer.late())) == [0, 2]
-    for _ in range(3):
-        take(readers[2])
-    wait_heard(lambda: 2 not in dict(writer.late()), writer)
-    assert writer.late() == [(0, 500)]
-    assert [writer.pid(rank) for rank in (0, 1, 2, 3)] == [os.getpid()] * 3 + [0]
-
-
 # Waiting
 
 
@@ -478,113 +294,6 @@ def test_an_exception_amid_a_message_ends_the_queue(make_channel: MakeChannel) -
         wait(reader.broken, reader)
         assert reader.peek() is None
         assert not reader.closed_by_writer
-
-
-# Strangers
-
-
-def test_a_rank_is_taken_once(make_channel: MakeChannel) -> None:
-    writer, [reader] = make_channel()
-    with contextlib.closing(ZmqReader(writer.address, 0, 1)) as second:
-        error = wait_for_error(StartError, lambda: (writer.room(1), second.peek()), writer, second)
-        assert f"refused this reader: rank 0 (pid {os.getpid()}) at 127.0.0.1 reads it as that rank" in str(error)
-    wait(lambda: writer.refused == 2, writer)  # both of its connections
-    send(writer, b"for the first")
-    assert take(reader) == [b"for the first"]
-
-
-def test_a_rank_that_is_none_and_a_wrong_token(make_channel: MakeChannel) -> None:
-    writer, [reader] = make_channel()
-    with contextlib.closing(ZmqReader(writer.address, 7, 1)) as other:
-        error = wait_for_error(StartError, lambda: (writer.room(1), other.peek()), writer, other)
-        assert "no remote reader 7" in str(error)
-    with contextlib.closing(ZmqReader(replace(writer.address, token=bytes(16)), 0, 1)) as other:
-        wait(lambda: writer.refused == 4, writer)
-        assert other.peek() is None
-        assert not other.ready
-    send(writer, b"for the reader")
-    assert take(reader) == [b"for the reader"]
-
-
-def test_a_reader_hears_nobody_but_its_writer() -> None:
-    """An impostor at the writer's address, who knows everything but its secret key."""
-    writer = ZmqWriter([0], BOUND, LOCALHOST)
-    address = writer.address
-    writer.close()
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    impostor = context.socket(zmq.ROUTER)
-    impostor.setsockopt(zmq.LINGER, 0)
-    impostor.curve_server = True
-    impostor.curve_publickey, impostor.curve_secretkey = address.server_key, zmq.curve_keypair()[1]
-    try:
-        bind_once_free(impostor, address.endpoint)
-        with contextlib.closing(ZmqReader(address, 0, 1)) as reader:
-            wait(reader.broken, reader)
-            assert reader.peek() is None
-            assert not impostor.poll(0)
-    finally:
-        impostor.close()
-        context.term()
-
-
-def bind_once_free(bound: zmq.Socket[bytes], endpoint: str) -> None:
-    """zmq closes sockets in the background."""
-    deadline = time.monotonic() + WATCHDOG
-    while True:
-        try:
-            bound.bind(endpoint)
-            return
-        except zmq.ZMQError as exc:
-            if exc.errno != zmq.EADDRINUSE or time.monotonic() > deadline:
-                raise
-            time.sleep(0.005)
-
-
-# Addresses
-
-
-def test_addresses_that_cannot_be_bound() -> None:
-    for wildcard in ("0.0.0.0", "*", "", "::", "[::]", "0:0::0", "::ffff:0.0.0.0"):
-        with pytest.raises(ValueError, match="pass this node's address"):
-            ZmqWriter([0], BOUND, wildcard)
-    with pytest.raises(StartError, match=r"cannot bind a queue's socket to 192.0.2.1.*Is it this node's address"):
-        ZmqWriter([0], BOUND, "192.0.2.1")
-    with pytest.raises(StartError, match=r"cannot resolve 'no-such-host.invalid'"):
-        ZmqWriter([0], BOUND, "no-such-host.invalid")
-
-
-@pytest.mark.parametrize("ip", [LOCALHOST, "::1"])
-def test_the_first_free_port_of_a_range(ip: str) -> None:
-    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
-    with contextlib.ExitStack() as ends:
-        first = hold_ports(ends, family, ip)
-        writers = []
-        for _ in range(2):
-            writers.append(ZmqWriter([0], BOUND, ip, (first, first + 2)))
-            ends.callback(writers[-1].close)
-        host = f"[{ip}]" if ":" in ip else ip
-        assert [w.address.endpoint for w in writers] == [f"tcp://{host}:{first + k}" for k in (1, 2)]
-        with pytest.raises(StartError, match=rf"to {ip}: all ports of port_range {first}-{first + 2} are taken"):
-            ZmqWriter([0], BOUND, ip, (first, first + 2))
-    for none in ((0, 10), (10, 9), (65535, 65536)):
-        with pytest.raises(ValueError, match="port_range"):
-            ZmqWriter([0], BOUND, ip, none)
-
-
-def hold_ports(ends: contextlib.ExitStack, family: int, ip: str) -> int:
-    """The first of three neighbouring ports, of which it is taken and the others are free."""
-    while True:
-        with contextlib.ExitStack() as tried:
-            taken = tried.enter_context(socket.socket(family))
-            taken.bind((ip, 0))
-            taken.listen()
-            port: int = taken.getsockname()[1]
-            with contextlib.suppress(OSError, OverflowError):
-                for k in (1, 2):
-                    with socket.socket(family) as probe:
-                        probe.bind((ip, port + k))
-                ends.push(tried.pop_all())
-                return port
 
 
 # Closing
