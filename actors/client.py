@@ -29,10 +29,11 @@ from ray_shm.actors.driver_line import DriverLine, RayDriverLine, ShmDriverLine,
 from ray_shm.actors.rank import Rank, summary
 from ray_shm.actors.reports import GroupStats
 from ray_shm.actors.runtime import CLOSE_TIMEOUT
+from ray_shm.actors.spec import Groups
 from ray_shm.actors.status_board import Standing, StatusBoard
 from ray_shm.actors.worker import ping
 from ray_shm.deadline import Deadline
-from ray_shm.errors import GroupClosedError, RayShmError, RpcTimeoutError, WorkerDiedError
+from ray_shm.errors import GroupClosedError, RayShmError, RpcError, RpcTimeoutError, WorkerDiedError
 from ray_shm.late_cause import WAIT, DeathCause, LateCause
 from ray_shm.placement.bundles import remove_abandoned
 from ray_shm.segment import AttachError, pid_space
@@ -263,6 +264,24 @@ class ClientRuntime:
         healed, epoch = driver_line.ask(self.ticket.actor.heal, timeout, timeout=wait)
         self._await(dispatcher, lambda: dispatcher.epoch >= epoch, Deadline.after(_SLACK))
         return list(healed)
+
+    def create_groups(self, groups: Groups, backend: str, timeout: float | None) -> None:
+        """By the driver actor, after this process's calls under way."""
+        self._ask_in_order(self.ticket.actor.create_groups, groups, backend, timeout)
+
+    def destroy_groups(self, names: Sequence[str], timeout: float | None) -> None:
+        """By the driver actor, after this process's calls under way."""
+        self._ask_in_order(self.ticket.actor.destroy_groups, names, timeout)
+
+    def _ask_in_order(self, method: Any, *args: Any) -> None:
+        """`args` end with the timeout. What this process has sent travels another way, and may be slower."""
+        dispatcher, deadline = self._live_dispatcher(), Deadline.after(args[-1])
+        if dispatcher.in_flight:
+            with contextlib.suppress(RpcError):  # a dead rank executes nothing any more
+                fence = dispatcher.submit(ping, (), {}, None, None, None, deadline)
+                dispatcher.wait(fence, deadline)
+        left = deadline.remaining()
+        driver_line.ask(method, *args[:-1], left, timeout=None if left is None else left + _SLACK)
 
     def subscribe(self, callback: Subscriber) -> Callable[[], None]:
         dispatcher = self._live_dispatcher()

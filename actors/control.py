@@ -19,6 +19,7 @@ from typing import Any
 
 from ray_shm.actors import wire
 from ray_shm.actors.status_board import StatusRow
+from ray_shm.actors.worker_groups import WorkerGroups
 from ray_shm.actors.worker_loop import WorkerLoop
 from ray_shm.deadline import Deadline
 from ray_shm.errors import RayShmError
@@ -51,7 +52,9 @@ class StackFile:
 class ControlThread:
     """Serves the control queue until it is closed by the driver, or `close`."""
 
-    def __init__(self, requests: QueueReader, rank: int, loop: WorkerLoop, row: StatusRow, groups: Groups) -> None:
+    def __init__(
+        self, requests: QueueReader, rank: int, loop: WorkerLoop, row: StatusRow, groups: WorkerGroups
+    ) -> None:
         self._requests = requests
         self._rank = rank
         self._loop = loop
@@ -64,6 +67,7 @@ class ControlThread:
             wire.STATUS: lambda request: self._standing(),
             wire.STACKS: lambda request: all_stacks(self._main),
             wire.RELEASE: lambda request: self._release(*request.payload()),
+            wire.ABANDON: lambda request: groups.abandon(*request.payload()),
         }
         self._thread = threading.Thread(target=self._run, name=NAME, daemon=True)
         self._thread.start()
@@ -97,7 +101,7 @@ class ControlThread:
             reply = wire.encode_result(request.call_id, request.epoch, self._rank, answer)
         except Exception as exc:  # a bug, or a group of coordinators in an unexpected state: the caller hears of it
             reply = wire.encode_failure(request.call_id, request.epoch, self._rank, exc)
-        if request.kind not in (wire.CANCEL, wire.CREDIT):
+        if request.kind not in (wire.CANCEL, wire.CREDIT, wire.ABANDON):
             self._loop.reply(reply)
             self._loop.ring()
 

@@ -133,7 +133,7 @@ class Dispatcher(Replies):
         return call
 
     def submit_order(self, kind: int, name: str, payload: object, targets: Sequence[int], deadline: Deadline) -> Call:
-        """Send a request of the library's own, through the request queue (REFORM) or the control queue. Raises as
+        """Send a request of the library's own, through the request queue (wire.ORDERS) or the control queue. Raises as
         `submit`."""
         call = Call(next(self._ids), name, targets, None, None, deadline, self.options)
         frames = wire.encode_order(kind, call.call_id, self.epoch, targets, payload)
@@ -141,7 +141,7 @@ class Dispatcher(Replies):
             self._register(call)
             self._orders.give(frames)  # never lost, and never waited for
         else:
-            self._post(call, frames, deadline, self._requests if kind == wire.REFORM else self._control)
+            self._post(call, frames, deadline, self._requests if kind in wire.ORDERS else self._control)
             if self._finished and not self.lead.is_mine():
                 self.run_callbacks_elsewhere()  # not here: who orders may hold locks that a callback wants
         return call

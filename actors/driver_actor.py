@@ -26,6 +26,7 @@ from ray_shm.actors.group_start import Bundles, GroupSpec, start_group
 from ray_shm.actors.progress import Progress
 from ray_shm.actors.relay import Relay
 from ray_shm.actors.runtime import GroupRuntime
+from ray_shm.actors.spec import Groups
 from ray_shm.actors.wire import Method
 from ray_shm.deadline import Deadline
 from ray_shm.errors import StartError
@@ -128,6 +129,16 @@ class DriverActor:
         with runtime.dispatcher.lead.held():
             relay.poll()
         return healed, runtime.dispatcher.epoch
+
+    @answering
+    def create_groups(self, groups: Groups, backend: str, timeout: float | None) -> None:
+        """Raises as ActorGroup.create_groups."""
+        self._require_runtime().create_groups(groups, backend, timeout)
+
+    @answering
+    def destroy_groups(self, names: Sequence[str], timeout: float | None) -> None:
+        """Raises as ActorGroup.destroy_groups."""
+        self._require_runtime().destroy_groups(names, timeout)
 
     def collective_rpc(
         self,

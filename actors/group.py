@@ -15,8 +15,10 @@ from ray_shm.actors import profiling
 from ray_shm.actors.call import REDUCTIONS, Reduce
 from ray_shm.actors.client import ClientRuntime, Ticket
 from ray_shm.actors.future import RpcFuture
+from ray_shm.actors.group_directory import CREATE_TIMEOUT
 from ray_shm.actors.reports import GroupStats, GroupStatus, Sheet, Stacks, WorkerInfo, sheet_of, status_of
 from ray_shm.actors.runtime import CLOSE_TIMEOUT, GroupRuntime
+from ray_shm.actors.spec import Groups
 from ray_shm.actors.stream import RpcStream
 from ray_shm.actors.wire import Method
 from ray_shm.deadline import Deadline
@@ -213,6 +215,38 @@ class ActorGroup:
             RuntimeError: started already, or not started. ValueError: `directory` at the stop. RpcError.
         """
         return profiling.profile(self, is_start, directory)
+
+    def create_groups(self, groups: Groups, backend: str = "auto", timeout: float | None = CREATE_TIMEOUT) -> None:
+        """Make coordinator groups, in order with the calls under way; later calls find them by ``ctx.group(name)``.
+
+        Groups may overlap, also in all their ranks, under names of their own. They are released and healed as those of
+        `launch`. Any thread may create groups at the same time: all ranks see the same order.
+
+        Args:
+            groups: by name, each a list of disjoint lists of ranks, e.g. ``{"pp": [[0, 2], [1, 3]]}``.
+            backend: "gloo", "nccl", or "auto" (nccl where there are GPUs).
+            timeout: seconds for all members to have connected; ranks that are busy come to it after their calls. None:
+                none, but for the 300 s that connected members wait for each other.
+
+        Raises:
+            ValueError, TypeError: a name that is taken or reserved, no such rank or backend; nothing was sent.
+            RpcError: ranks could not form a group, and why, or are dead. RpcTimeoutError: ranks were late.
+            GroupClosedError. After each of these nothing of the groups is left on any rank, once it has come to it.
+        """
+        self._runtime.create_groups(groups, backend, timeout)
+
+    def destroy_groups(self, names: Sequence[str], timeout: float | None = CREATE_TIMEOUT) -> None:
+        """Destroy coordinator groups, created or declared, in order with the calls under way; their names are free.
+
+        Args:
+            timeout: seconds for all ranks to have closed their sockets and threads; busy ones do it after their calls.
+
+        Raises:
+            ValueError, TypeError: there is no such group, or it is "world"; nothing was sent.
+            RpcError, RpcTimeoutError: ranks failed, or were late; the groups are gone all the same, or will be.
+            GroupClosedError.
+        """
+        self._runtime.destroy_groups(names, timeout)
 
     def stats(self) -> GroupStats:
         """Counters of this handle's process, as they stand now."""

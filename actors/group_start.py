@@ -21,7 +21,7 @@ from ray_shm.actors.call import CallOptions
 from ray_shm.actors.rank import Rank
 from ray_shm.actors.recruiting import Lines, Recruit, Recruiter, attach_replies
 from ray_shm.actors.runtime import GroupRuntime
-from ray_shm.actors.spec import Groups, Started
+from ray_shm.actors.spec import Plans, Started
 from ray_shm.actors.status_board import StatusBoard
 from ray_shm.deadline import Deadline
 from ray_shm.errors import RayShmError, StartError
@@ -70,15 +70,17 @@ class GroupSpec:
 
     Attributes:
         payloads: for each rank the pickle of (class, args, kwargs, own values).
+        backend: of the group "world". port_range: ports for what listens to other nodes, both ends included; None: any.
     """
 
     worker_name: str
     payloads: Sequence[bytes]
     resources: WorkerResources
-    groups: Groups
+    groups: Plans
     backend: str
     transport: str
     runtime_env: dict[str, Any] | None
+    port_range: tuple[int, int] | None
     auto_heal: bool
     options: CallOptions
 
@@ -100,13 +102,13 @@ def start_group(
             reservation,
             spec.resources,
             spec.payloads,
-            spec.groups,
             spec.backend,
             spec.transport,
             spec.runtime_env,
+            spec.port_range,
             board,
         )
-        _Start(runtime, recruiter, progress, deadline).run()
+        _Start(runtime, recruiter, spec, progress, deadline).run()
         runtime.enable_healing(recruiter, spec.auto_heal)
     except BaseException:
         runtime.abort()
@@ -117,9 +119,12 @@ def start_group(
 class _Start:
     """The steps of one start, in order. What they make is registered with the runtime at once, which can abort."""
 
-    def __init__(self, runtime: GroupRuntime, recruiter: Recruiter, progress: Progress, deadline: Deadline) -> None:
+    def __init__(
+        self, runtime: GroupRuntime, recruiter: Recruiter, spec: GroupSpec, progress: Progress, deadline: Deadline
+    ) -> None:
         self._runtime = runtime
         self._recruiter = recruiter
+        self._spec = spec
         self._progress = progress
         self._deadline = deadline
 
@@ -150,7 +155,7 @@ class _Start:
             hello = recruit.hello
             transport = "shm" if hello.attached else "zmq"
             visible = hello.pid_space == own_space
-            self._runtime.ranks[rank.rank] = Rank(rank, position, recruit.actor, transport, visible, hello.store)
+            self._runtime.ranks[rank.rank] = Rank(rank, position, recruit.actor, transport, visible)
             placed[rank.rank] = (rank, recruit)
         return placed
 
@@ -158,21 +163,28 @@ class _Start:
         local = [rank for rank, (_, recruit) in placed.items() if recruit.hello.attached]
         remote = [rank for rank in placed if rank not in local]
         ip = ray.util.get_node_ip_address()
-        runtime = self._runtime
-        runtime.requests = QueueWriter(local, remote, CHUNK_BYTES, CHUNKS, ip, watch_readers=False)
+        runtime, ports = self._runtime, self._spec.port_range
+        runtime.requests = QueueWriter(local, remote, CHUNK_BYTES, CHUNKS, ip, watch_readers=False, port_range=ports)
         runtime.control = QueueWriter(
-            local, remote, CONTROL_BYTES, 1, ip, watch_readers=False, ring_bytes=CONTROL_BYTES
+            local,
+            remote,
+            CONTROL_BYTES,
+            1,
+            ip,
+            watch_readers=False,
+            ring_bytes=CONTROL_BYTES,
+            port_range=ports,
         )
-        return Lines(
-            runtime.requests.handle, runtime.control.handle, placed[0][1].hello.store, epoch=0, lazy_groups=False
-        )
+        runtime.store = self._recruiter.hold_port(placed[0][1], self._deadline)
+        queues = (runtime.requests.handle, runtime.control.handle)
+        return Lines(*queues, runtime.store, 0, False, self._spec.groups)
 
     def _connect(self, started: Mapping[int, Started]) -> None:
         runtime = self._runtime
         for rank, answer in started.items():
             runtime.ranks[rank].stacks_fd = answer.stacks_fd
             runtime.replies[rank] = attach_replies(rank, answer)
-        runtime.go()
+        runtime.go(self._spec.groups)
         try:
             for queue in (runtime.requests, runtime.control):
                 if queue is not None:

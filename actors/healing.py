@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ray_shm.actors import termination
 from ray_shm.actors.call import closed_error
 from ray_shm.actors.recruiting import Lines, Recruit, Recruiter, attach_replies
-from ray_shm.actors.spec import WORLD, Started
+from ray_shm.actors.spec import Started
 from ray_shm.deadline import Deadline
 from ray_shm.errors import GroupClosedError, StartError, WorkerDiedError
 from ray_shm.placement import devices
@@ -198,12 +198,14 @@ class Healer:
         runtime, recruiter = self._runtime, self._recruiter
         if runtime.requests is None or runtime.control is None:
             raise StartError("the group has no request queue: a bug in ray-shm")
-        for rank, (_, recruit) in places.items():
+        for rank in places:
             if runtime.board is not None:
                 runtime.board.clear(rank)
-            runtime.ranks[rank].store = recruit.hello.store
+        if 0 in places:
+            runtime.store = recruiter.hold_port(places[0][1], deadline)
         with runtime.releaser.new_epoch() as epoch:
-            lines = Lines(runtime.requests.handle, runtime.control.handle, runtime.ranks[0].store, epoch, True)
+            queues = (runtime.requests.handle, runtime.control.handle)
+            lines = Lines(*queues, runtime.store, epoch, True, runtime.directory.plans)
             started = recruiter.start(places, lines, deadline, logger.info)
         for rank in places:
             runtime.requests.readmit(rank)
@@ -214,10 +216,10 @@ class Healer:
         runtime.dispatcher.epoch += 1
         # The replacements, too: the living may have ordered a formation after these started, or since they are back.
         with runtime.releaser.new_epoch() as epoch:
-            names = [WORLD, *recruiter.groups]
-            runtime.releaser.order_reform(names, epoch, runtime.dispatcher.alive, deadline)
-        for rank in list(runtime.dead):  # died meanwhile: the replacements do not know
-            runtime.releaser.release_dead(rank, "it died while others were replaced")
+            runtime.directory.order_reform(epoch, deadline)
+        for rank, death in list(runtime.dead.items()):  # died meanwhile: the replacements do not know
+            why = f"pid {death.pid} on node {death.node} died while others were replaced"
+            runtime.releaser.release_dead(rank, why)
         try:
             for queue in (runtime.requests, runtime.control):
                 queue.wait_until_ready(deadline)

@@ -26,10 +26,10 @@ from ray_shm.actors.runtime import GroupRuntime
 from ray_shm.actors.spec import Groups, require_groups
 from ray_shm.deadline import Deadline
 from ray_shm.placement.bundles import WorkerResources
+from ray_shm.placement.ports import require_port_range
 
 DRIVERS = ("auto", "local", "actor")
 TRANSPORTS = ("auto", "shm", "zmq")
-BACKENDS = ("auto", "gloo", "nccl")
 
 
 def launch(
@@ -57,6 +57,7 @@ def launch(
     max_in_flight: int = 10_000,
     failure_grace: float = 2.0,
     slow_call_warning: float | None = 10.0,
+    port_range: tuple[int, int] | None = None,
 ) -> ActorGroup:
     """Start `num_workers` Ray actors that each hold a `worker_cls`, and connect them for collective calls.
 
@@ -70,7 +71,8 @@ def launch(
         placement_group: bundles to use; default: the current placement group when called inside one, else a new one,
             with `strategy` and `bundle_label_selector` as Ray knows them, which the group owns.
         groups: coordinator groups by name, each a list of disjoint lists of ranks, e.g. ``{"tp": [[0, 1], [2, 3]]}``;
-            connected before the constructor runs. "world" is always there, and connects when first used.
+            connected before the constructor runs. "world" is always there, and connects when first used. More can be
+            made later: `ActorGroup.create_groups`.
         backend: of the coordinator groups: "gloo", "nccl", or "auto" (nccl where there are GPUs).
         driver: "local": the queues live in this process (lowest latency), and the group ends with it. "actor": they
             live in a Ray actor on the node with most workers, through which several processes can call the group.
@@ -85,6 +87,10 @@ def launch(
         failure_grace: seconds that the other ranks of a call get after one has raised; none after a death.
         slow_call_warning: seconds after which a call that somebody waits for is logged, with the late ranks and where
             they stand, and again after twice as long; None: never.
+        port_range: (first, last) TCP port, for clusters with a firewall: the groups' store on rank 0's node, and the
+            queues to and from ranks on other nodes listen there. A group needs 1 port on rank 0's node, 1 for each
+            remote rank on its node, and 2 on the driver's. Default: any free port. Gloo and NCCL take no such range:
+            their listeners take ports of the kernel's ``net.ipv4.ip_local_port_range``.
 
     Raises:
         ValueError, TypeError: wrong arguments, or a name that is taken; nothing was started.
@@ -92,10 +98,11 @@ def launch(
         StartError: a worker died or raised while starting, or was late; `failures` has each rank's exception.
         After each of these nothing is left: no actor, placement group, memory, or port.
     """
-    _require_arguments(worker_cls, num_workers, transport, backend, start_timeout)
+    _require_arguments(worker_cls, num_workers, transport, start_timeout)
     in_actor = _requires_actor(driver, name, lifetime)
     options = _options(failure_grace, slow_call_warning, max_in_flight)
-    declared = require_groups(groups, num_workers)
+    declared = require_groups(groups, num_workers, backend)
+    ports = require_port_range(port_range)
     resources = WorkerResources(cpus_per_worker, gpus_per_worker, dict(resources_per_worker or {}))
     payloads = _pickle_workers(worker_cls, args, kwargs or {}, num_workers)
     deadline = Deadline.after(start_timeout)
@@ -104,7 +111,7 @@ def launch(
     unique = f"{namespace}:{worker_cls.__name__}:{secrets.token_hex(4)}"  # Ray refuses a name twice
     bundles = Bundles(num_workers, resources, placement_group, strategy, bundle_label_selector, unique)
     spec = GroupSpec(
-        worker_cls.__name__, payloads, resources, declared, backend, transport, runtime_env, auto_heal, options
+        worker_cls.__name__, payloads, resources, declared, backend, transport, runtime_env, ports, auto_heal, options
     )
     runtime: GroupRuntime | ClientRuntime
     if in_actor:
@@ -119,7 +126,6 @@ def _require_arguments(
     worker_cls: type,
     num_workers: int,
     transport: str,
-    backend: str,
     start_timeout: float,
 ) -> None:
     """Raises ValueError or TypeError; StartError where shared memory is asked for and not supported."""
@@ -131,8 +137,6 @@ def _require_arguments(
         raise ValueError(f"num_workers={num_workers}: a group needs at least 1 worker")
     if transport not in TRANSPORTS:
         raise ValueError(f"transport={transport!r} is none of {TRANSPORTS}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is none of {BACKENDS}")
     if start_timeout <= 0:
         raise ValueError(f"start_timeout={start_timeout} must be more than 0 seconds")
     if transport == "shm":

@@ -16,7 +16,7 @@ class Rank:
 
     Attributes:
         position: of its bundle in the reservation. actor: None at a client. transport: "shm" or "zmq".
-        visible: its pid means something in this process. store: where it would serve the groups' store.
+        visible: its pid means something in this process.
         stacks_fd: its descriptor of the file with its stacks, -1 until it has started.
     """
 
@@ -25,7 +25,6 @@ class Rank:
     actor: Any
     transport: str
     visible: bool
-    store: tuple[str, int]
     stacks_fd: int = -1
 
     def row(self, board: StatusBoard | None) -> Standing | None:

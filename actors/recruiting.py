@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from ray_shm.actors import wire
-from ray_shm.actors.spec import Groups, Hello, Started, StartSpec
+from ray_shm.actors.spec import Hello, Plans, Started, StartSpec
 from ray_shm.actors.starting import gather
 from ray_shm.actors.worker import WorkerActor
 from ray_shm.deadline import Deadline
@@ -38,20 +38,22 @@ class Recruit:
 
 @dataclass(frozen=True)
 class Lines:
-    """The queues that lead to the workers, and where the groups' store is served, at one formation of the group."""
+    """The queues that lead to the workers, and the coordinator groups with their store, at one formation."""
 
     requests: Handle
     control: Handle
     store: tuple[str, int]
     epoch: int
     lazy_groups: bool
+    groups: Plans
 
 
 class Recruiter:
     """What all workers of a group have in common.
 
     Args:
-        payloads: for each rank the pickle of (class, args, kwargs, own values). board: of the ranks' status, or None.
+        payloads: for each rank the pickle of (class, args, kwargs, own values). backend: of the group "world".
+        port_range: ports for what listens to other nodes, or None. board: of the ranks' status, or None.
     """
 
     def __init__(
@@ -59,19 +61,19 @@ class Recruiter:
         reservation: Reservation,
         resources: WorkerResources,
         payloads: Sequence[bytes],
-        groups: Groups,
         backend: str,
         transport: str,
         runtime_env: Mapping[str, Any] | None,
+        port_range: tuple[int, int] | None,
         board: SegmentRef | None,
     ) -> None:
         self.reservation = reservation
         self.resources = resources
-        self.groups = groups
         self.world_size = len(payloads)
         self._payloads = payloads
         self._backend = backend
         self._transport = transport
+        self._port_range = port_range
         self._runtime_env = dict(runtime_env or {})
         self._board = None if transport == "zmq" else board
 
@@ -100,6 +102,13 @@ class Recruiter:
             )
         return [Recruit(actor, hello) for actor, hello in zip(actors, hellos, strict=True)]
 
+    def hold_port(self, first: Recruit, deadline: Deadline) -> tuple[str, int]:
+        """Have rank 0's process bind the port of the groups' store; returns its address. Raises StartError."""
+        label = f"rank 0 (pid {first.hello.place.pid}, node {first.hello.place.node_ip})"
+        refs = [first.actor.hold_port.remote(self._port_range)]
+        host, port = gather(refs, [label], "bind a port for its store", deadline, lambda text: None, _port_failure)[0]
+        return str(host), int(port)
+
     def start(
         self, recruits: Mapping[int, tuple[RankPlace, Recruit]], lines: Lines, deadline: Deadline, progress: Progress
     ) -> dict[int, Started]:
@@ -116,10 +125,11 @@ class Recruiter:
                 requests=lines.requests,
                 control=lines.control,
                 replies_local=recruit.hello.attached,
-                groups=self.groups,
+                groups=lines.groups,
                 lazy_groups=lines.lazy_groups,
                 backend=self._backend,
                 store=lines.store,
+                port_range=self._port_range,
                 driver_pid=os.getpid() if visible else None,
                 driver_nice=os.getpriority(os.PRIO_PROCESS, 0) if visible else None,
             )
@@ -146,6 +156,14 @@ def _failure(answer: Started, position: int) -> tuple[str, BaseException] | None
 
 def _attach_failure(answer: list[Buffer], position: int) -> tuple[str, BaseException] | None:
     return ("attaching to its queues", wire.decode_reply(answer).error()) if answer else None
+
+
+def _port_failure(answer: Any, position: int) -> tuple[str, BaseException] | None:
+    return (
+        ("binding a port for the groups' store", wire.decode_reply(answer).error())
+        if isinstance(answer, list)
+        else None
+    )
 
 
 def attach_replies(rank: int, answer: Started) -> QueueReader:

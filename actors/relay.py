@@ -315,7 +315,7 @@ class Relay:
 
     def _ranks(self) -> Ranks:
         ranks = {
-            rank: Rank(e.place, e.position, None, e.transport, e.visible, e.store, e.stacks_fd)
+            rank: Rank(e.place, e.position, None, e.transport, e.visible, e.stacks_fd)
             for rank, e in self._runtime.ranks.items()
         }
         heals = self._runtime.healer.heals if self._runtime.healer is not None else 0

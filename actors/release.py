@@ -19,7 +19,7 @@ from functools import partial
 from ray_shm.actors import wire
 from ray_shm.actors.call import Call
 from ray_shm.actors.dispatcher import Dispatcher
-from ray_shm.actors.spec import Reform
+from ray_shm.actors.spec import Plans, Reform
 from ray_shm.deadline import Deadline
 from ray_shm.errors import RayShmError, RpcCancelledError, RpcError, RpcTimeoutError
 
@@ -108,17 +108,26 @@ class Releaser:
             epoch = self._epoch
         yield epoch
 
-    def order_reform(self, names: Sequence[str], epoch: int, ranks: Sequence[int], deadline: Deadline) -> None:
+    def order_reform(
+        self,
+        names: Sequence[str],
+        epoch: int,
+        ranks: Sequence[int],
+        deadline: Deadline,
+        plans: Plans | None = None,
+    ) -> None:
         """Order `ranks` to form `names` ([]: all) again, in order with the calls; not those that die meanwhile.
 
-        Raises as Dispatcher.submit, but for deaths.
+        plans: all groups there are, where some of `ranks` may have missed orders. Raises as Dispatcher.submit, but for
+        deaths.
         """
         with self._lock:  # a formation that was begun earlier is ordered earlier, or by who knows all its ranks
             while ranks := self._living(ranks):
-                order = Reform(list(names), epoch, self._store(), sorted(self._dispatcher.dead))
+                dead = {rank: f"pid {death.pid}, node {death.node}" for rank, death in self._dispatcher.dead.items()}
+                order = Reform(list(names), epoch, self._store(), dead, plans)
                 with contextlib.suppress(RpcError):  # one has just died
                     call = self._dispatcher.submit_order(wire.REFORM, "re-form groups", order, ranks, deadline)
-                    call.callbacks.append(partial(_log_failures, call, "form its groups again"))
+                    call.callbacks.append(partial(log_failures, call, "form its groups again"))
                     return
 
     def _living(self, ranks: Sequence[int]) -> list[int]:
@@ -149,6 +158,7 @@ class Releaser:
                 self._all_broken = True
 
 
-def _log_failures(order: Call, what: str) -> None:
+def log_failures(order: Call, what: str) -> None:
+    """As a callback of an order that nobody waits for."""
     for rank, error in order.failures.items():
         logger.warning("rank %d could not %s: %s", rank, what, error)

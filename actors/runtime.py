@@ -18,12 +18,14 @@ from ray_shm.actors import standing, termination
 from ray_shm.actors.call import CallOptions, closed_error
 from ray_shm.actors.callback_server import CALLBACK_THREAD
 from ray_shm.actors.dispatcher import Dispatcher
+from ray_shm.actors.group_directory import GroupDirectory
 from ray_shm.actors.healing import Healer
 from ray_shm.actors.rank import Rank, summary
 from ray_shm.actors.recruiting import Recruiter
 from ray_shm.actors.release import Releaser
 from ray_shm.actors.remote_replies import RemoteReplies
 from ray_shm.actors.reports import GroupStats
+from ray_shm.actors.spec import Groups, Plans
 from ray_shm.actors.status_board import Standing, StatusBoard
 from ray_shm.actors.supervision import DeathWatch
 from ray_shm.actors.worker import ping
@@ -58,6 +60,8 @@ class GroupRuntime:
         self._runs: dict[int, Any] = {}
         self._dispatcher: Dispatcher | None = None
         self._releaser: Releaser | None = None
+        self._directory: GroupDirectory | None = None
+        self.store = ("", 0)  # where rank 0 serves the coordinator groups' store
         self._remote: RemoteReplies | None = None
         self._watch: DeathWatch | None = None
         self._close_lock = threading.RLock()  # a done-callback of a call may close, too
@@ -73,6 +77,10 @@ class GroupRuntime:
         return _started(self._releaser)
 
     @property
+    def directory(self) -> GroupDirectory:
+        return _started(self._directory)
+
+    @property
     def watch(self) -> DeathWatch:
         return _started(self._watch)
 
@@ -84,12 +92,13 @@ class GroupRuntime:
     def dead(self) -> Mapping[int, WorkerDiedError]:
         return self._dispatcher.dead if self._dispatcher is not None else {}
 
-    def go(self) -> None:
-        """Start the workers' loops and the watch over them; all queues are attached."""
+    def go(self, groups: Plans) -> None:
+        """Start the workers' loops and the watch over them; all queues are attached. groups: those formed."""
         requests, control = _started(self.requests), _started(self.control)
         local = {rank: reader for rank, reader in self.replies.items() if reader.zmq is None}
         self._dispatcher = Dispatcher(requests, control, local, self.world_size, self.options, bell=self.bell)
-        self._releaser = Releaser(self._dispatcher, lambda: self.ranks[0].store)
+        self._releaser = Releaser(self._dispatcher, lambda: self.store)
+        self._directory = GroupDirectory(self._dispatcher, self._releaser, lambda: self.store, groups)
         self._watch = DeathWatch(self._on_death, self.board.memory if self.board is not None else None)
         for rank, reader in self.replies.items():
             self.run(rank, reader)
@@ -133,6 +142,14 @@ class GroupRuntime:
     def heal(self, timeout: float | None) -> list[int]:
         """See ActorGroup.heal."""
         return _started(self.healer).heal(timeout)
+
+    def create_groups(self, groups: Groups, backend: str, timeout: float | None) -> None:
+        """See ActorGroup.create_groups."""
+        self.directory.create(groups, backend, Deadline.after(timeout))
+
+    def destroy_groups(self, names: Sequence[str], timeout: float | None) -> None:
+        """See ActorGroup.destroy_groups."""
+        self.directory.destroy(names, Deadline.after(timeout))
 
     def subscribe(self, callback: Callable[[WorkerDiedError], object]) -> Callable[[], None]:
         """See ActorGroup.on_worker_death."""

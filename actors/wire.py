@@ -24,8 +24,9 @@ from ray_shm import codec
 from ray_shm.errors import RemoteError, RemoteExitError, RemoteTraceback
 from ray_shm.ring import Buffer
 
-CALL, STOP, STREAM, REFORM = 0, 1, 2, 3  # through the request queue
-CANCEL, CREDIT, STATUS, STACKS, RELEASE = 16, 17, 18, 19, 20  # through the control queue
+CALL, STOP, STREAM, REFORM, FORM, DISSOLVE = range(6)  # through the request queue
+CANCEL, CREDIT, STATUS, STACKS, RELEASE, ABANDON = range(16, 22)  # through the control queue
+ORDERS = {FORM: "create groups", REFORM: "re-form groups", DISSOLVE: "destroy groups"}  # in line with the calls
 OK, FAILED, ITEM = 0, 1, 2
 NEWS = 3  # of the group, to a connected client: not a reply to any call
 EVERY_RANK = 0xFFFF  # in place of a reply rank: all of them reply

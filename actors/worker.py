@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from dataclasses import replace
 from typing import Any
@@ -20,13 +21,15 @@ from ray_shm import codec, death_word
 from ray_shm.actors import status_board, wire
 from ray_shm.actors.control import ControlThread, StackFile
 from ray_shm.actors.orphan_watch import OrphanWatch
-from ray_shm.actors.spec import WORLD, Hello, Reform, Started, StartSpec
+from ray_shm.actors.spec import Dissolve, Form, GroupPlan, Hello, Reform, Started, StartSpec
 from ray_shm.actors.status_board import SLOT, StatusBoard, StatusRow
-from ray_shm.actors.worker_loop import WorkerLoop
+from ray_shm.actors.worker_groups import WorkerGroups
+from ray_shm.actors.worker_loop import Orders, WorkerLoop
 from ray_shm.context import WorkerContext, set_context
 from ray_shm.coordinator import StatelessGroupCoordinator
 from ray_shm.errors import PeerLostError, QueueClosedError, StartError
 from ray_shm.placement.devices import current_place
+from ray_shm.placement.interfaces import name_nccl_interface
 from ray_shm.placement.ports import HeldPort
 from ray_shm.queue_reader import QueueReader
 from ray_shm.queue_writer import QueueWriter
@@ -36,22 +39,23 @@ from ray_shm.store import GroupStore
 
 _CHUNK_BYTES, _CHUNKS = 24 << 20, 10  # bound of unread replies, as MessageQueue's default
 _MAIN_PARK, _CONTROL_PARK = 1.0, 5.0  # seconds between a sleeping thread's looks: in all, 1.2 wake-ups a second
+_REASON_WAIT = 1.0  # seconds for the driver to say who died, once a collective has lost a connection
 _REPLY_RING = 256 << 10  # bytes; with a request ring of 1 MiB, a group of 8 holds 3 MiB of shared memory when idle
 
 
 class WorkerActor:
-    """Ray calls `hello`, `start`, `attach`, `run`, in this order, once each."""
+    """Ray calls `hello`, `hold_port` (rank 0's only), `start`, `attach`, `run`, in this order, once each."""
 
     def __init__(self, bundle_index: int) -> None:
         codec.use_cloudpickle(ray.cloudpickle)
         self._bundle_index = bundle_index
-        self._groups: dict[str, StatelessGroupCoordinator] = {}
+        self._port: HeldPort | None = None  # for the store: rank 0 has one
+        self._serving = threading.Lock()
         self._store: GroupStore | None = None
         self._board: StatusBoard | None = None
 
     def hello(self, board: SegmentRef | None) -> Hello:
-        place = current_place(self._bundle_index)
-        self._port = HeldPort.bind(place.node_ip)
+        self._place = place = current_place(self._bundle_index)
         why_not = ""
         try:
             if board is None:
@@ -59,7 +63,15 @@ class WorkerActor:
             self._board = StatusBoard.attach(board)
         except StartError as exc:
             why_not = str(exc)
-        return Hello(place, not why_not, why_not, (self._port.host, self._port.port), pid_space())
+        return Hello(place, not why_not, why_not, pid_space())
+
+    def hold_port(self, port_range: tuple[int, int] | None) -> tuple[str, int] | list[Buffer]:
+        """Bind the port of the groups' store, and keep it; the frames of the error where none can be had."""
+        try:
+            self._port = HeldPort.bind(self._place.node_ip, port_range)
+        except BaseException as exc:
+            return wire.encode_failure(0, 0, 0, exc)
+        return self._port.host, self._port.port
 
     def start(self, spec: StartSpec) -> Started:
         """Become a rank. What the user's constructor raises is returned, not raised: Ray would rewrap it."""
@@ -80,7 +92,8 @@ class WorkerActor:
         try:
             requests = QueueReader(spec.requests, rank, _MAIN_PARK)
             orders = QueueReader(spec.control, rank, _CONTROL_PARK)
-            self._loop = WorkerLoop(self._worker, rank, requests, self._replies, self._row, self._reform)
+            orders_in_line: Orders = {wire.FORM: self._form, wire.REFORM: self._reform, wire.DISSOLVE: self._dissolve}
+            self._loop = WorkerLoop(self._worker, rank, requests, self._replies, self._row, orders_in_line)
             del self._worker
             self._control = ControlThread(orders, rank, self._loop, self._row, self._groups)
         except BaseException as exc:
@@ -109,7 +122,9 @@ class WorkerActor:
         self._stacks = StackFile()
         ends = ([0], []) if spec.replies_local else ([], [0])
         # It wakes nobody: the driver sleeps on the request queue's bell, which the loop rings after each request.
-        self._replies = QueueWriter(*ends, _CHUNK_BYTES, _CHUNKS, ip, wakes=False, ring_bytes=_REPLY_RING)
+        self._replies = QueueWriter(
+            *ends, _CHUNK_BYTES, _CHUNKS, ip, wakes=False, ring_bytes=_REPLY_RING, port_range=spec.port_range
+        )
         self._stage = "forming its coordinator groups"
         self._make_groups()
         set_context(self._context())
@@ -126,20 +141,26 @@ class WorkerActor:
         row.rest(status_board.STARTING)
         return row
 
+    def _form(self, order: Form) -> None:
+        self._move_to(order.store, order.epoch)
+        if self._port is not None:
+            self._open_store()  # also where rank 0 is in none of them
+        self._groups.form(order.plans, order.epoch)
+
     def _reform(self, order: Reform) -> None:
-        """Form coordinator groups again, under a new epoch, in the same objects; they connect when next used."""
-        if order.store != self._spec.store:
+        self._move_to(order.store, order.epoch)
+        self._groups.reform(order, self._open_store)
+
+    def _dissolve(self, order: Dissolve) -> None:
+        self._groups.dissolve(order)
+
+    def _move_to(self, store: tuple[str, int], epoch: int) -> None:
+        """What is formed from now on is formed on this store."""
+        if store != self._spec.store:
             old, self._store = self._store, None
-            self._spec = replace(self._spec, store=order.store)
             if old is not None:
                 old.close()
-        self._spec = replace(self._spec, epoch=order.epoch)
-        for name in order.names or list(self._groups):
-            if name in self._groups:
-                group = self._groups[name]
-                group.reform(order.epoch, self._open_store)
-                if absent := sorted(set(group.ranks) & set(order.dead)):
-                    group.release(f"ranks {absent} are gone")
+        self._spec = replace(self._spec, store=store, epoch=epoch)
 
     def _context(self) -> WorkerContext:
         place, spec = self._spec.rank.place, self._spec
@@ -152,23 +173,25 @@ class WorkerActor:
             place.node_ip,
             place.gpu_ids,
             self._groups,
+            self._groups.lists,
         )
 
     def _make_groups(self) -> None:
         spec = self._spec
-        if spec.groups and spec.rank.rank == 0:
-            self._open_store()  # also where rank 0 is in none of them
-        for name, lists in spec.groups.items():
-            if any(spec.rank.rank in ranks for ranks in lists):
-                self._groups[name] = self._coordinator(name, lists, lazy=spec.lazy_groups)
-        self._groups[WORLD] = self._coordinator(WORLD, [list(range(spec.world_size))], lazy=True)
+        if spec.rank.place.gpu_ids:
+            name_nccl_interface(spec.rank.place.node_ip)
+        if spec.groups and self._port is not None:
+            self._open_store()
+        world = GroupPlan([list(range(spec.world_size))], spec.backend)
+        self._groups = WorkerGroups(spec.rank.rank, self._coordinator, world)
+        self._groups.declare(spec.groups, spec.epoch, spec.lazy_groups)
 
-    def _coordinator(self, name: str, lists: list[list[int]], lazy: bool) -> StatelessGroupCoordinator:
+    def _coordinator(self, name: str, plan: GroupPlan, epoch: int, lazy: bool) -> StatelessGroupCoordinator:
         spec = self._spec
         return StatelessGroupCoordinator(
-            lists,
+            plan.lists,
             spec.rank.local_rank,
-            "gloo" if spec.backend == "auto" and not spec.rank.place.gpu_ids else spec.backend,
+            "gloo" if plan.backend == "auto" and not spec.rank.place.gpu_ids else plan.backend,
             False,
             group_name=name,
             host=spec.store[0],
@@ -176,31 +199,37 @@ class WorkerActor:
             global_world_size=spec.world_size,
             coord_store=self._open_store,
             bind_host=spec.rank.place.node_ip,
-            epoch=spec.epoch,
+            epoch=epoch,
             lazy=lazy,
             device_index=0 if spec.rank.place.gpu_ids else None,
+            reason_wait=_REASON_WAIT,
         )
 
     def _open_store(self) -> GroupStore:
-        """The group's store: served here on the held port by rank 0, reached from the other ranks. Made once."""
-        if self._store is None:
-            if self._spec.rank.rank == 0:
-                self._store = GroupStore.serve(self._port.take())
-            else:
-                self._store = GroupStore.connect(*self._spec.store)
-        return self._store
+        """The groups' store: served here on the held port by rank 0, reached from the other ranks. From any thread."""
+        if self._port is not None:
+            with self._serving:
+                if self._store is None:
+                    self._store = GroupStore.serve(self._port.take())
+                return self._store
+        store, address = self._store, self._spec.store
+        if store is None:
+            store = GroupStore.connect(*address)
+            if address == self._spec.store:  # else a formation that was given up has at last reached the old one
+                self._store = store
+        return store
 
     def _tear_down(self) -> None:
         self._row.rest(status_board.ENDED)
         self._control.close()
         self._loop.close()
         del self._loop  # and the user's worker with it
-        for group in self._groups.values():
-            group.destroy()
+        self._groups.close()
         set_context(None)
         if self._store is not None:
             self._store.close()
-        self._port.close()
+        if self._port is not None:
+            self._port.close()
         self._stacks.close()
         self._row.close()
         if self._held is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from queue import SimpleQueue
 from typing import Any
 
@@ -27,12 +27,14 @@ STREAM_WINDOW = 16  # items of one rank that may be under way, unread by the str
 _MOST_INTERRUPTIONS = 1000  # of one wait for a request, before it is given up
 _NEVER = Deadline.after(None)
 
+Orders = Mapping[int, Callable[[Any], None]]
+
 
 class WorkerLoop:
     """One per worker; `run` on the main thread.
 
     Args:
-        reform: what a REFORM request calls, with its payload.
+        orders: what a request of the library's own calls, with its payload, by the kind of request.
 
     Attributes:
         cancellation: for the control thread to cancel calls.
@@ -45,14 +47,14 @@ class WorkerLoop:
         requests: QueueReader,
         replies: QueueWriter,
         row: StatusRow,
-        reform: Callable[[Any], None],
+        orders: Orders,
     ) -> None:
         self._worker = worker
         self._rank = rank
         self._requests = requests
         self._replies = replies
         self._row = row
-        self._reform = reform
+        self._orders = orders
         self._asyncio: asyncio.AbstractEventLoop | None = None
         self.cancellation = Cancellation(rank)
         self._interruptions = 0  # since the last request
@@ -135,7 +137,7 @@ class WorkerLoop:
     def _decode(self, request: wire.Request, kind: int) -> Any:
         cancellation = self._cancellable(request)
         try:
-            return request.decode() if kind != wire.REFORM else request.payload()
+            return request.payload() if kind in self._orders else request.decode()
         finally:
             cancellation.running = 0
 
@@ -149,9 +151,9 @@ class WorkerLoop:
     def _perform(self, request: wire.Request, call: Any) -> list[Buffer] | None:
         """The reply's frames, or None where no reply is wanted."""
         try:
-            if request.kind == wire.REFORM:
-                self._row.show("re-form groups")
-                self._reform(call)
+            if request.kind in self._orders:
+                self._row.show(wire.ORDERS[request.kind])
+                self._orders[request.kind](call)
                 return wire.encode_result(request.call_id, request.epoch, self._rank, None)
             cancellation = self._cancellable(request)
             try:

@@ -50,9 +50,7 @@ class HeldPort:
         """
         candidates: Iterable[int] = (0,)
         if port_range is not None:
-            first, last = port_range
-            if not 1 <= first <= last <= 65535:
-                raise ValueError(f"port_range must be (first, last) within 1..65535, got {port_range}")
+            first, last = require_port_range(port_range) or (0, 0)
             candidates = range(first, last + 1)
         family, address = _resolve(host)
         for port in candidates:
@@ -85,6 +83,16 @@ class HeldPort:
 
     def __repr__(self) -> str:
         return f"HeldPort({self.host!r}, {self.port}, {'held' if self._finalizer.alive else 'released'})"
+
+
+def require_port_range(port_range: tuple[int, int] | None) -> tuple[int, int] | None:
+    """It, if it is one, or None. Raises ValueError."""
+    if port_range is None:
+        return None
+    numbers = tuple(port_range)
+    if len(numbers) != 2 or not all(isinstance(n, int) for n in numbers) or not 1 <= numbers[0] <= numbers[1] <= 65535:
+        raise ValueError(f"port_range must be (first, last) within 1..65535, got {port_range}")
+    return numbers
 
 
 def _close_dropped(listening: socket.socket, where: str) -> None:

@@ -13,6 +13,8 @@ the store would lead the next formation to sockets that are gone. Importing this
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import threading
 from collections.abc import Callable
@@ -24,6 +26,7 @@ from ray_shm.deadline import Deadline
 from ray_shm.errors import GroupClosedError, PeerLostError, RayShmError, StartError
 from ray_shm.formation import Formation
 from ray_shm.membership import Membership
+from ray_shm.port_holder import port_holder
 from ray_shm.release import Release
 from ray_shm.store import GroupStore, first_line
 
@@ -59,6 +62,7 @@ class GroupConnection:
         bind_host: str,
         timeout: float,
         device: Callable[[], torch.device],
+        reason_wait: float = 0.0,
     ) -> None:
         """Args are the coordinator's; without a store, the first member serves one on `store_address`."""
         self.groups: ProcessGroups | None = None
@@ -68,6 +72,7 @@ class GroupConnection:
         self._members, self._name = members, name
         self._given_store, self._store_address = store, store_address
         self._bind_host, self._timeout, self.device = bind_host, timeout, device
+        self._reason_wait = reason_wait
         self._own_store: GroupStore | None = None  # this rank serves it; it stays for the next epoch
         self._connecting = threading.Lock()
         self._ending = threading.Lock()  # held for a few instructions: `release` never waits for the owner's thread
@@ -119,9 +124,12 @@ class GroupConnection:
         self.operation = operation
         try:
             run = getattr(self.groups or self.connect(operation), primitive)
+            deadline = Deadline.after(seconds)
             try:
-                run(*args, Deadline.after(seconds))
+                run(*args, deadline)
             except (RuntimeError, TimeoutError) as exc:
+                # Gloo knows the broken connection's port, whoever watches the processes knows which rank died.
+                self._release.requested.wait(deadline.slice(self._reason_wait))
                 raise self.lost(operation, exc, seconds) from exc
         finally:
             self.operation = None
@@ -306,9 +314,11 @@ def _bound(host: str, port: int, label: str) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=128)
     except OSError as exc:
+        holder = port_holder(port) if exc.errno == errno.EADDRINUSE else ""
         raise StartError(
-            f"{label}: its first rank could not bind {host}:{port} for the store: {exc.strerror or exc}. Pass a free "
-            "port of this node in group_ports, or a coord_store whose port was bound to 0 and held"
+            f"{label}: its first rank could not bind {host}:{port} for the store: "
+            f"{os.strerror(exc.errno or 0)}{holder}. "
+            "Pass a free port of this node in group_ports, or a coord_store whose port was bound to 0 and held"
         ) from exc
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ class WorkerContext:
     node_ip: str
     gpu_ids: tuple[str, ...]
     _groups: Mapping[str, StatelessGroupCoordinator] = field(default_factory=dict, repr=False)
+    _lists: Callable[[], Mapping[str, list[list[int]]]] = field(default=dict, repr=False)  # of all groups, by name
 
     @property
     def device(self) -> torch.device:
@@ -39,20 +40,28 @@ class WorkerContext:
         return torch.device("cuda", 0) if self.gpu_ids and torch.cuda.is_available() else torch.device("cpu")
 
     def group(self, name: str = "world") -> StatelessGroupCoordinator:
-        """The coordinator group `name` that this rank is in.
+        """The coordinator group `name` that this rank is in, declared at the launch or created since.
 
         "world" needs no declaration; it connects at its first operation, which every rank has to call.
 
         Raises:
-            LookupError: no such group was declared, or this rank is outside of it.
+            LookupError: there is no such group, or this rank is outside of it.
         """
         try:
             return self._groups[name]
         except KeyError:
-            raise LookupError(
-                f"rank {self.rank} is in no group {name!r}; it is in {sorted(self._groups)}. "
-                'Declare groups with launch(groups={"tp": [[0, 1], [2, 3]]}).'
-            ) from None
+            raise LookupError(self._no_group(name)) from None
+
+    def _no_group(self, name: str) -> str:
+        lists = self._lists()
+        if name in lists:
+            why = f"rank {self.rank} is outside of group {name!r}, which is {lists[name]}"
+        else:
+            why = f"there is no group {name!r}; there are {sorted(lists)}"
+        return (
+            f"{why}; rank {self.rank} is in {sorted(self._groups)}. Declare groups with launch(groups={{{name!r}: "
+            f"[[0, 1], [2, 3]]}}), or make them in the driver with ActorGroup.create_groups({{{name!r}: [[0, 1]]}})"
+        )
 
 
 _current: WorkerContext | None = None

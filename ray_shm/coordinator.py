@@ -59,6 +59,8 @@ class StatelessGroupCoordinator(TensorCollectives, ObjectCollectives, PointToPoi
         timeout: seconds, for the members to meet and for every operation. With nccl a late CUDA operation
             is ended by torch's own watchdog.
         lazy: connect at the first operation. All members have to come to one within `timeout` seconds.
+        reason_wait: seconds that an operation whose connection broke waits for a `release`, whose reason names the dead
+            peer, before it raises. For groups that somebody watches over.
         device_index: CUDA device of this rank as this process numbers them. Default: `local_rank` if so many
             are visible, else 0 (Ray shows each worker its own GPUs only).
 
@@ -93,6 +95,7 @@ class StatelessGroupCoordinator(TensorCollectives, ObjectCollectives, PointToPoi
         timeout: float = 300.0,
         lazy: bool = False,
         device_index: int | None = None,
+        reason_wait: float = 0.0,
     ) -> None:
         if torch_distributed_backend not in BACKENDS:
             raise ValueError(f"backend {torch_distributed_backend!r} is none of {', '.join(BACKENDS)}")
@@ -118,6 +121,7 @@ class StatelessGroupCoordinator(TensorCollectives, ObjectCollectives, PointToPoi
             bind_host=bind_host or host,
             timeout=timeout,
             device=partial(choose_device, torch_distributed_backend, local_rank, device_index),
+            reason_wait=reason_wait,
         )
         if not lazy:
             self._link.connect()

@@ -71,7 +71,8 @@ class ProcessGroups:
             raise StartError(
                 f"{meeting.label} could not connect its members within {meeting.timeout} s "
                 f"({backend}, this rank on {meeting.bind_host}): {first_line(exc)}. "
-                "Check that all members are alive and that bind_host is this node's address, reachable from theirs"
+                "Check that all members are alive, that bind_host is this node's address, reachable from theirs, and "
+                "that firewalls let the ports of net.ipv4.ip_local_port_range through: gloo listens on one of them"
             ) from exc
 
     def _connect(self, meeting: Rendezvous, device: torch.device) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import socket
+import sys
 import time
 from collections.abc import Iterator
 
@@ -136,6 +137,7 @@ def test_taken_port_is_named_and_nobody_waits_for_the_stranger(pool: Pool) -> No
         port = stranger.getsockname()[1]
         first, *others = pool.run(check_taken_port, port)
     assert f"could not bind {LOOPBACK}:{port} for the store: Address already in use" in first
+    assert f"in use, held by pid {os.getpid()} ({sys.orig_argv[0]} " in first
     for text in others:
         assert f"{LOOPBACK}:{port}" in text
         assert "does not answer as a store" in text
