@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "gloo", "nccl")
 REDUCE_OPS = ("sum", "product", "min", "max")
-TENSOR_TAG, OBJECT_TAG = 0, 1  # and process_group.SUM_TAG; gloo matches messages by (source, destination, tag)
+# Gloo matches messages by (source, destination, tag); 2 is process_group.SUM_TAG.
+TENSOR_TAG, OBJECT_TAG, DICT_TAG, PART_TAG = 0, 1, 3, 4
 
 
 class GroupConnection:

@@ -29,6 +29,9 @@ from torch.distributed import (
 
 from ray_shm import release
 from ray_shm.deadline import Deadline
+from ray_shm.direct_exchange import DirectExchange
+from ray_shm.direct_exchange import as_bytes as _as_bytes
+from ray_shm.direct_exchange import wait as _wait
 from ray_shm.errors import StartError
 from ray_shm.rendezvous import Rendezvous
 from ray_shm.store import first_line
@@ -42,7 +45,7 @@ _LISTENER_TRIES = 100  # each fails only if another thread of this process begin
 _making_device = threading.Lock()
 
 
-class ProcessGroups:
+class ProcessGroups(DirectExchange):
     """The connected groups. `close` frees sockets and threads, unless the caller kept a reference to a group.
 
     Attributes:
@@ -56,6 +59,7 @@ class ProcessGroups:
             StartError: a member could not be reached in time, or `bind_host` is no address of this node.
             ReleasedError: released.
         """
+        super().__init__()
         self.backend = backend
         self.sockets: list[release.SocketRef] = []
         self._rank, self._size = meeting.members.rank_in_group, meeting.members.world_size
@@ -160,12 +164,6 @@ class ProcessGroups:
         options.rootRank = src
         _wait(self._of(tensor).broadcast([_as_bytes(tensor)], options), deadline)
 
-    def send(self, tensor: torch.Tensor, dst: int, tag: int, deadline: Deadline) -> None:
-        _wait(self._of(tensor).send([_as_bytes(tensor)], dst, tag), deadline)
-
-    def recv(self, tensor: torch.Tensor, src: int, tag: int, deadline: Deadline) -> None:
-        _wait(self._of(tensor).recv([_as_bytes(tensor)], src, tag), deadline)
-
     def barrier(self, deadline: Deadline) -> None:
         _wait(self.gloo.barrier(), deadline)
 
@@ -178,26 +176,15 @@ class ProcessGroups:
 
     def close(self) -> None:
         """Drops the groups. Idempotent."""
+        self.forget_transfers()
         if self.nccl is not None:
             self.nccl.shutdown()
         self.cpu_group = self.device_group = self.gloo = self.nccl = None
 
 
-def _wait(work: Any, deadline: Deadline) -> None:
-    """Raises RuntimeError where the group is lost or the deadline comes; torch works on with the tensors in the latter
-    case, until the sockets are closed."""
-    left = deadline.remaining()
-    work.wait(*() if left is None else (timedelta(seconds=left),))
-
-
 def gpu_id(device: torch.device) -> str:
     """Tells the GPUs of all nodes apart; empty for the CPU."""
     return "" if device.type == "cpu" else str(torch.cuda.get_device_properties(device).uuid)
-
-
-def _as_bytes(flat: torch.Tensor) -> torch.Tensor:
-    """The same memory as uint8: gloo refuses to move dtypes that it cannot add."""
-    return flat.view(torch.uint8)
 
 
 def _reduce_options(op: Any) -> Any:
