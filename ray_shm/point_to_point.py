@@ -232,7 +232,7 @@ class PointToPoint(Member):
 
 
 def left(deadline: Deadline) -> float | None:
-    """Seconds for the next step of an operation; a moment, even where none are left, so that the step says what is late."""
+    """Seconds for the next step of an operation; a moment where none are left, so that it says what is late."""
     remaining = deadline.remaining()
     return None if remaining is None else max(remaining, 0.001)
 

@@ -70,10 +70,10 @@ def require_reducible(operation: str, tensor: torch.Tensor, op: str) -> None:
     """By a table, so that members agree whatever the size and whichever way it would take.
 
     Raises:
-        TypeError: it is none of the dtypes that gloo reduces (on a GPU, nccl sees to that), or complex and compared.
+        TypeError: it is none of the dtypes that gloo reduces (on a GPU, nccl sees to that), or complex and not to be summed.
     """
-    if tensor.is_complex() and op in ("min", "max"):
-        raise TypeError(f"{operation}: {tensor.dtype} has no order, so no {op!r}")
+    if tensor.is_complex() and op != "sum":
+        raise TypeError(f"{operation}: complex numbers ({tensor.dtype}) can be summed, not reduced by {op!r}")
     if tensor.is_cpu and tensor.dtype not in _reduced_by_gloo():
         raise TypeError(f"{operation}: gloo does not reduce {tensor.dtype}; convert the tensor")
 

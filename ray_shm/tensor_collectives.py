@@ -47,7 +47,7 @@ class TensorCollectives(Member):
 
         Args:
             input_: any shape; on the CPU float16 to float64, bfloat16, int8, uint8, int32, int64, bool (a sum is "any",
-                a product "all") or complex (sum and product).
+                a product "all") or complex (sum only).
             op: "sum", "product", "min" or "max".
 
         Returns:
@@ -317,8 +317,8 @@ class TensorCollectives(Member):
             raise ValueError(f"{operation}: sizes={list(sizes)}: give a size for each of {self.world_size} members")
         if own is not None and sizes[self.rank_in_group] != own:
             raise ValueError(
-                f"{operation}: sizes={list(sizes)} says {sizes[self.rank_in_group]} for rank {self.rank_in_group} of the "
-                f"group, whose tensor has size {own} along that dimension"
+                f"{operation}: sizes={list(sizes)} says {sizes[self.rank_in_group]} for this rank, the group's "
+                f"{self.rank_in_group}, whose tensor has size {own} along that dimension"
             )
         if total is not None and sum(sizes) != total:
             raise ValueError(f"{operation}: sizes={list(sizes)} add up to {sum(sizes)}, the dimension has {total}")

@@ -177,7 +177,7 @@ class _Arriving:
             group = self._gather_group
             if placeholder.parts > 1 and (group is None or group.world_size != placeholder.parts):
                 raise ValueError(
-                    f"the tensor {key!r} comes in {placeholder.parts} parts: pass an all_gather_group of that size, not "
+                    f"the tensor {key!r} comes in {placeholder.parts} parts: pass an all_gather_group of as many, not "
                     + ("None" if group is None else f"one of {group.world_size}")
                 )
             numel = math.prod(placeholder.shape) // placeholder.parts

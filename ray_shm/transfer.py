@@ -52,7 +52,7 @@ class Transfer:
         return self._done
 
     def wait(self, timeout: float | None = None) -> None:
-        """Returns when the receiver has got it, or it is received; with nccl, when the current stream is to wait for it.
+        """Returns when the receiver has got it, or it is received; with nccl, once the current stream waits for it.
 
         What was sent may be written to from now on. Idempotent.
 
