@@ -70,7 +70,7 @@ def require_reducible(operation: str, tensor: torch.Tensor, op: str) -> None:
     """By a table, so that members agree whatever the size and whichever way it would take.
 
     Raises:
-        TypeError: it is none of the dtypes that gloo reduces (on a GPU, nccl sees to that), or complex and not to be summed.
+        TypeError: gloo reduces no such dtype (on a GPU nccl sees to that), or it is complex and not to be added.
     """
     if tensor.is_complex() and op != "sum":
         raise TypeError(f"{operation}: complex numbers ({tensor.dtype}) can be summed, not reduced by {op!r}")
