@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 BACKENDS = ("auto", "gloo", "nccl")
 _OUTCOME = 1.0  # seconds in which a forming that ran out of time says why
 REDUCE_OPS = ("sum", "product", "min", "max")
-TENSOR_TAG, OBJECT_TAG = 0, 1  # and process_group.SUM_TAG; gloo matches messages by (source, destination, tag)
+# Gloo matches messages by (source, destination, tag); 2 is process_group.SUM_TAG.
+TENSOR_TAG, OBJECT_TAG, DICT_TAG, PART_TAG = 0, 1, 3, 4
 
 
 class GroupConnection:
@@ -113,8 +114,7 @@ class GroupConnection:
 
         Args:
             timeout: seconds, for forming the group if that is to be done yet, and again for the operation. Default:
-                the group's. On CUDA tensors, one that is given makes this wait for the GPU; without, the operation is
-                only queued, and torch's watchdog ends it at the group's timeout.
+                the group's. Operations on CUDA tensors are only queued; torch's watchdog ends those at the group's.
 
         Raises:
             ValueError: `timeout` is not positive.
@@ -127,7 +127,7 @@ class GroupConnection:
         self.operation = operation
         try:
             groups = self.groups or self.connect(operation, seconds)
-            attempt = self._attempt(groups, operation, primitive, args, seconds, timeout is not None)
+            attempt = self._attempt(groups, operation, primitive, args, seconds)
             run = getattr(groups, primitive)
             try:
                 run(*args, attempt)
@@ -141,13 +141,10 @@ class GroupConnection:
             self.operation = None
 
     def _attempt(
-        self, groups: ProcessGroups, operation: str, primitive: str, args: Sequence[Any], seconds: float, given: bool
+        self, groups: ProcessGroups, operation: str, primitive: str, args: Sequence[Any], seconds: float
     ) -> Attempt:
-        if groups.nccl is not None and any(getattr(arg, "is_cuda", False) for arg in args):
-            attempt = self._arrivals.begin(operation, primitive, args, seconds if given else None)
-            attempt.patience = None
-            return attempt
-        return self._arrivals.begin(operation, primitive, args, seconds)
+        on_gpu = groups.nccl is not None and any(getattr(arg, "is_cuda", False) for arg in args)
+        return self._arrivals.begin(operation, primitive, args, None if on_gpu else seconds)
 
     def _lost(self, attempt: Attempt, exc: Exception) -> RayShmError:
         """The error to raise after `exc`. Closes the sockets, so that peers that wait for this rank raise as well."""

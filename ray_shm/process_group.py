@@ -30,11 +30,13 @@ from torch.distributed import (
 )
 
 from ray_shm import release
-from ray_shm.arrivals import Attempt
 from ray_shm.deadline import Deadline
+from ray_shm.direct_exchange import DirectExchange
+from ray_shm.direct_exchange import as_bytes as _as_bytes
 from ray_shm.errors import StartError
 from ray_shm.rendezvous import Rendezvous
 from ray_shm.store import first_line
+from ray_shm.work_waits import timed, wait, wait_for_pairs
 
 _REDUCE_OPS = {"sum": ReduceOp.SUM, "product": ReduceOp.PRODUCT, "min": ReduceOp.MIN, "max": ReduceOp.MAX}
 SUM_TAG = 2  # of the messages of a direct sum; see connection.py for the other tags
@@ -42,13 +44,10 @@ DIRECT_BYTES, DIRECT_RANKS = 32 << 10, 4  # up to here a sum over CPU tensors go
 DIRECT_DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64)
 _GLOO_THREADS = 2  # torch's own default; collectives of one group run one after the other
 _LISTENER_TRIES = 100  # each fails only if another thread of this process begins to listen in the same 0.5 ms
-_GLOO_LATER = 60.0  # seconds
-_ROUNDING = 0.001  # seconds; torch cuts timeouts off to whole milliseconds, and the deadline has to be over
-_PAIRWISE_TYPES = (12, 13, 14)  # torch's OpType SEND, RECV, RECVANYSOURCE, which Python sees as numbers
 _making_device = threading.Lock()
 
 
-class ProcessGroups:
+class ProcessGroups(DirectExchange):
     """The connected groups. `close` frees sockets and threads, unless the caller kept a reference to a group.
 
     Attributes:
@@ -62,6 +61,7 @@ class ProcessGroups:
             StartError: a member could not be reached in time, or `bind_host` is no address of this node.
             ReleasedError: released.
         """
+        super().__init__()
         self.backend = backend
         self.sockets: list[release.SocketRef] = []
         self._rank, self._size = meeting.members.rank_in_group, meeting.members.world_size
@@ -135,7 +135,7 @@ class ProcessGroups:
             self._sum_directly(tensor, deadline)
             return
         try:
-            _wait(self._of(tensor).allreduce([tensor], _timed(self._reduce_options[op], deadline)), deadline)
+            wait(self._of(tensor).allreduce([tensor], timed(self._reduce_options[op], deadline)), deadline)
         except RuntimeError as exc:
             if "Invalid scalar type" in str(exc):
                 raise TypeError(f"all_reduce: gloo does not reduce {tensor.dtype}; convert the tensor") from exc
@@ -151,29 +151,23 @@ class ProcessGroups:
         parts = [tensor if r == self._rank else torch.empty_like(tensor) for r in range(self._size)]
         works = [gloo.recv([_as_bytes(parts[r].view(-1))], r, SUM_TAG) for r in others]
         works += [gloo.send([_as_bytes(tensor.view(-1))], r, SUM_TAG) for r in others]
-        _wait_for_pairs(works, [*others, *others], deadline)
+        wait_for_pairs(works, [*others, *others], deadline)
         total = parts[0] + parts[1]
         for part in parts[2:]:
             total += part
         tensor.copy_(total)
 
     def all_gather(self, gathered: torch.Tensor, part: torch.Tensor, deadline: Deadline) -> None:
-        options = _timed(AllgatherOptions(), deadline)
-        _wait(self._of(part)._allgather_base(_as_bytes(gathered), _as_bytes(part), options), deadline)
+        options = timed(AllgatherOptions(), deadline)
+        wait(self._of(part)._allgather_base(_as_bytes(gathered), _as_bytes(part), options), deadline)
 
     def broadcast(self, tensor: torch.Tensor, src: int, deadline: Deadline) -> None:
-        options = _timed(BroadcastOptions(), deadline)
+        options = timed(BroadcastOptions(), deadline)
         options.rootRank = src
-        _wait(self._of(tensor).broadcast([_as_bytes(tensor)], options), deadline)
-
-    def send(self, tensor: torch.Tensor, dst: int, tag: int, deadline: Deadline) -> None:
-        _wait(self._of(tensor).send([_as_bytes(tensor)], dst, tag), deadline)
-
-    def recv(self, tensor: torch.Tensor, src: int, tag: int, deadline: Deadline) -> None:
-        _wait(self._of(tensor).recv([_as_bytes(tensor)], src, tag), deadline)
+        wait(self._of(tensor).broadcast([_as_bytes(tensor)], options), deadline)
 
     def barrier(self, deadline: Deadline) -> None:
-        _wait(self.gloo.barrier(_timed(BarrierOptions(), deadline)), deadline)
+        wait(self.gloo.barrier(timed(BarrierOptions(), deadline)), deadline)
 
     def _of(self, tensor: torch.Tensor) -> Any:
         if tensor.is_cpu:
@@ -184,84 +178,15 @@ class ProcessGroups:
 
     def close(self) -> None:
         """Drops the groups. Idempotent."""
+        self.forget_transfers()
         if self.nccl is not None:
             self.nccl.shutdown()
         self.cpu_group = self.device_group = self.gloo = self.nccl = None
 
 
-class LateError(TimeoutError):
-    """The deadline came, and it is known by whom this rank was kept waiting. late: their ranks in the group."""
-
-    def __init__(self, message: str, late: list[int]) -> None:
-        super().__init__(message)
-        self.late = late
-
-
-def _wait(work: Any, deadline: Deadline) -> None:
-    """Raises RuntimeError where the group is lost or the deadline comes; torch works on with the tensors in the latter
-    case, until the sockets are closed. Without a deadline a CUDA operation is only queued; with one this waits for it.
-    """
-    left = deadline.remaining()
-    if isinstance(deadline, Attempt) and deadline.patience is not None and not _is_pairwise(work):
-        if _is_done(work, deadline.patience):
-            return
-        deadline.tell()
-        left = deadline.remaining()
-    work.wait(*() if left is None else (timedelta(seconds=left + _ROUNDING),))
-
-
-def _is_done(work: Any, seconds: float) -> bool:
-    """Waits; False if it took longer, which leaves gloo's collectives as they are (torch 2.13)."""
-    try:
-        work.wait(timedelta(seconds=seconds))
-    except RuntimeError as exc:
-        if "Operation timed out" in str(exc):
-            return False
-        raise
-    return True
-
-
-def _is_pairwise(work: Any) -> bool:
-    """A send or recv whose wait comes to its end closes all of gloo's connections, so that there is no second wait."""
-    return int(work._get_op_type()) in _PAIRWISE_TYPES
-
-
-def _wait_for_pairs(works: list[Any], peers: list[int], deadline: Deadline) -> None:
-    """Waits for sends to and receives from `peers`.
-
-    Raises:
-        LateError: the deadline came; `late` are the peers that have not done their part.
-    """
-    late: set[int] = set()
-    cause: RuntimeError | None = None
-    for work, peer in zip(works, peers, strict=True):
-        try:
-            _wait(work, deadline)
-        except RuntimeError as exc:
-            if not deadline.expired():
-                raise
-            late.add(peer)
-            cause = cause or exc
-    if cause is not None:
-        raise LateError(first_line(cause), sorted(late)) from cause
-
-
-def _timed(options: Any, deadline: Deadline) -> Any:
-    """Has gloo's own timer, which would come at the group's timeout, come later than this operation's: it closes the
-    connections at once, and whoever waits has something to say before that."""
-    if deadline.timeout is not None:
-        options.timeout = timedelta(seconds=deadline.timeout + _GLOO_LATER)
-    return options
-
-
 def gpu_id(device: torch.device) -> str:
     """Tells the GPUs of all nodes apart; empty for the CPU."""
     return "" if device.type == "cpu" else str(torch.cuda.get_device_properties(device).uuid)
-
-
-def _as_bytes(flat: torch.Tensor) -> torch.Tensor:
-    """The same memory as uint8: gloo refuses to move dtypes that it cannot add."""
-    return flat.view(torch.uint8)
 
 
 def _reduce_options(op: Any) -> Any:
