@@ -395,9 +395,17 @@ def test_a_source_whose_readers_do_not_read_waits_and_names_them(pool: Pool) -> 
 # Released, interrupted, destroyed
 
 
-def released_in(group: StatelessGroupCoordinator, operation: Callable[[], Any]) -> None:
+def parks(group: StatelessGroupCoordinator, src: int) -> int:
+    """How often this rank has slept in the queue of `src`."""
+    groups = group._link.groups
+    return sum(end.parks for end in groups.queues.stats().get(src, [])) if groups is not None else 0
+
+
+def released_in(group: StatelessGroupCoordinator, src: int, operation: Callable[[], Any]) -> None:
+    before = parks(group, src)
+
     def release() -> None:
-        wait_until(lambda: group.operation == "broadcast_object")
+        wait_until(lambda: group.operation == "broadcast_object" if before == 0 else parks(group, src) > before)
         assert group.release(REASON)
 
     thread = alongside(release)
@@ -406,21 +414,35 @@ def released_in(group: StatelessGroupCoordinator, operation: Callable[[], Any]) 
     thread.join()
 
 
+def use_once(me: Rank, name: str) -> None:
+    """What a process keeps from its first queue on (the thread that watches for deaths) is no leak."""
+    with queue_group(me, name) as group:
+        group.broadcast_object(None)
+        group.barrier()
+
+
 def check_released(me: Rank) -> None:
+    use_once(me, "before release")
     before = open_handles(), queue_maps()
-    group = queue_group(me, "released", lazy=True)
-    if me.rank != 2:  # while the queue is made
-        released_in(group, lambda: group.broadcast_object(None, 2))
+    group, control = queue_group(me, "released", lazy=True), me.group("control")
+    if me.rank == 0:  # while the queue is made
+        released_in(group, 2, lambda: group.broadcast_object(None, 2))
+    control.barrier()
     group.reform(1)
-    assert group.broadcast_object(me.rank, 2) == 2
-    if me.rank != 2:  # while a member waits for the source
-        released_in(group, lambda: group.broadcast_object(None, 2))
+    for _ in range(2):
+        assert group.broadcast_object(me.rank, 2) == 2
+        control.barrier()
+    if me.rank == 0:  # while a member waits for the source
+        released_in(group, 2, lambda: group.broadcast_object(None, 2))
+    control.barrier()
     group.reform(2)
     assert group.broadcast_object(me.rank) == 0
     if me.rank == 0:  # while the source waits for room
-        released_in(group, lambda: fill(group, me.kept))
+        released_in(group, 0, lambda: fill(group, me.kept))
+    control.barrier()
     group.reform(3)
     assert group.broadcast_object(me.rank, 1) == 1
+    control.barrier()
     if me.rank == 1:  # while the source is elsewhere; the others learn of it
         assert not group.release(REASON)
     else:
@@ -430,9 +452,10 @@ def check_released(me: Rank) -> None:
     assert [group.broadcast_object(me.rank, src) for src in (2, 1, 0)] == [2, 1, 0]
     group.barrier()
     group.destroy()
+    control.destroy()
     with pytest.raises(GroupClosedError):
         group.broadcast_object(1)
-    assert (growth(before[0]), queue_maps()) == ((0, 0), before[1])
+    assert [growth(before[0]), queue_maps() - before[1]] == [(0, 0), 0], os.listdir("/proc/self/fd")
 
 
 def test_a_release_ends_every_wait_and_the_group_is_formed_again(pool: Pool) -> None:
@@ -447,14 +470,18 @@ def check_interrupted(me: Rank) -> None:
     def interrupt(*_: Any) -> None:
         raise InterruptError
 
-    group = queue_group(me, "interrupted")
-    assert group.broadcast_object(me.rank, 2) == 2
+    group, control = queue_group(me, "interrupted"), me.group("control of interrupted")
+    for _ in range(2):
+        assert group.broadcast_object(me.rank, 2) == 2
+        control.barrier()
     if me.rank == 0:
         previous = signal.signal(signal.SIGUSR1, interrupt)
         main = threading.main_thread().ident or 0
 
+        before = parks(group, 2)
+
         def send() -> None:
-            wait_until(lambda: group.operation == "broadcast_object")
+            wait_until(lambda: parks(group, 2) > before)
             signal.pthread_kill(main, signal.SIGUSR1)
 
         thread = alongside(send)
@@ -466,10 +493,12 @@ def check_interrupted(me: Rank) -> None:
         thread.join()
         with pytest.raises(PeerLostError, match="an earlier broadcast was interrupted"):
             group.broadcast_object(None, 2)
+    control.barrier()
     group.reform(1)
     assert group.broadcast_object(me.rank, 2) == 2
-    group.barrier()
-    group.destroy()
+    control.barrier()
+    for used in (group, control):
+        used.destroy()
 
 
 def test_an_interrupted_broadcast_ends_the_group_until_it_is_formed_again(pool: Pool) -> None:
@@ -491,7 +520,7 @@ def check_cycles(me: Rank) -> None:
                 group.release(REASON)
         group.reform(epoch)
         del got
-    assert (growth(before[0]), queue_maps()) == ((0, 0), before[1])
+    assert [growth(before[0]), queue_maps() - before[1]] == [(0, 0), 0]
     kept = group.broadcast_object(torch.ones(1 << 17))
     group.barrier()
     group.destroy()
