@@ -1,7 +1,8 @@
 """The ways to move data among ranks that ``ray-shm bench groups`` compares. Runs in every rank's process.
 
-Imports torch. Each rank holds all peers at once, over the same members. An operation is a function of the peer and of what it moves,
-made anew for each turn and called once for each sample. What a rank sends lies in memory before the clock starts.
+Imports torch. Each rank holds all peers at once, over the same members. An operation is a function of the peer and of
+what it moves, made anew for each turn and called once for each sample. What a rank sends lies in memory before the
+clock starts.
 """
 
 from __future__ import annotations

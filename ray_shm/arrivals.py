@@ -167,6 +167,8 @@ class Arrivals:
             return list(late)
         if attempt.primitive in _PAIRWISE:
             return list(attempt.args[1:2])
+        if attempt.primitive == "take":  # of an object, from a queue
+            return list(attempt.args[:1])
         if attempt.primitive == "broadcast":
             return self._late_in_tree(attempt, attempt.args[1])
         return self._absent(attempt)

@@ -89,6 +89,12 @@ class GroupConnection:
         m = self._members
         return f"coordinator group {self._name!r} (global ranks {list(m.ranks)}, this rank {m.ranks[m.rank_in_group]})"
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether every operation raises PeerLostError, or a broadcast through queues would."""
+        groups = self.groups
+        return isinstance(self._ended, PeerLostError) or (groups is not None and groups.queues.ended)
+
     def connect(self, operation: str = "connect", timeout: float | None = None) -> ProcessGroups:
         """The process groups; connects if nobody did yet.
 

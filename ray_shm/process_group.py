@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -34,7 +35,9 @@ from ray_shm.deadline import Deadline
 from ray_shm.direct_exchange import DirectExchange
 from ray_shm.direct_exchange import as_bytes as _as_bytes
 from ray_shm.errors import StartError
+from ray_shm.queue_broadcast import QueueBroadcaster, Received
 from ray_shm.rendezvous import Rendezvous
+from ray_shm.ring import Buffer
 from ray_shm.store import first_line
 from ray_shm.work_waits import timed, wait, wait_for_pairs
 
@@ -52,6 +55,7 @@ class ProcessGroups(DirectExchange):
 
     Attributes:
         sockets: gloo's connections to the other members; a release shuts them down, and so ends every operation.
+        queues: for objects, where the coordinator was told to use them; made at the first broadcast.
     """
 
     def __init__(self, meeting: Rendezvous, backend: str, device: torch.device) -> None:
@@ -70,6 +74,7 @@ class ProcessGroups(DirectExchange):
         self.device_group: Any = None
         self.gloo: Any = None
         self.nccl: Any = None
+        self.queues = QueueBroadcaster(meeting.members, meeting.bind_host)
         try:
             self._connect(meeting, device)
         except RuntimeError as exc:
@@ -106,6 +111,7 @@ class ProcessGroups(DirectExchange):
         listeners = [_address(meeting.store.get(f"listener/{r}")) for r in range(members.world_size) if r != own]
         self.sockets = release.connections(release.open_sockets() - before, address, listeners)
         meeting.release.on_request(self._shut_down)
+        meeting.release.on_request(self.queues.stop)
 
     def _knock(self, address: release.Address, size: int) -> None:
         if self.gloo is None:  # its constructor may wait for a member to connect
@@ -169,6 +175,14 @@ class ProcessGroups(DirectExchange):
     def barrier(self, deadline: Deadline) -> None:
         wait(self.gloo.barrier(timed(BarrierOptions(), deadline)), deadline)
 
+    def publish(self, frames: Sequence[Buffer], deadline: Deadline) -> None:
+        """An object's frames to all others, through queues."""
+        self.queues.publish(frames, self.all_gather, deadline)
+
+    def take(self, src: int, received: Received, deadline: Deadline) -> None:
+        """The next object that the member `src` has published."""
+        self.queues.take(src, received, self.all_gather, deadline)
+
     def _of(self, tensor: torch.Tensor) -> Any:
         if tensor.is_cpu:
             return self.gloo
@@ -177,7 +191,8 @@ class ProcessGroups(DirectExchange):
         return self.nccl
 
     def close(self) -> None:
-        """Drops the groups. Idempotent."""
+        """Drops the groups and closes the queues. Idempotent."""
+        self.queues.close()
         self.forget_transfers()
         if self.nccl is not None:
             self.nccl.shutdown()
