@@ -30,6 +30,7 @@ from torch.distributed import (
 from ray_shm import release
 from ray_shm.deadline import Deadline
 from ray_shm.errors import StartError
+from ray_shm.node_exchange import NodeExchange
 from ray_shm.rendezvous import Rendezvous
 from ray_shm.store import first_line
 
@@ -64,6 +65,7 @@ class ProcessGroups:
         self.device_group: Any = None
         self.gloo: Any = None
         self.nccl: Any = None
+        self.node: NodeExchange | None = None  # where all members share memory
         try:
             self._connect(meeting, device)
         except RuntimeError as exc:
@@ -82,8 +84,9 @@ class ProcessGroups:
             self.nccl = _nccl(meeting, device)
             meeting.release.on_request(self._abort_nccl)
             self.device_group = _wrap(meeting, ProcessGroup.BackendType.NCCL, [("cuda", self.nccl), ("cpu", self.gloo)])
+        self.node = NodeExchange.form(meeting)
         # The store may go away as soon as the first member returns, so none returns before all have connected.
-        self.barrier(Deadline.after(meeting.timeout))
+        _wait(self.gloo.barrier(), Deadline.after(meeting.timeout))
 
     def _connect_gloo(self, meeting: Rendezvous) -> None:
         members = meeting.members
@@ -124,6 +127,10 @@ class ProcessGroups:
         Raises:
             TypeError: gloo does not reduce this dtype. Found by every member alike, before anything is sent.
         """
+        node = self._through_node("all_reduce", tensor)
+        if node is not None:
+            node.all_reduce(tensor.view(-1), op, deadline)
+            return
         small = tensor.is_cpu and 0 < tensor.nbytes <= DIRECT_BYTES and self._size <= DIRECT_RANKS
         if small and op == "sum" and tensor.dtype in DIRECT_DTYPES:
             self._sum_directly(tensor, deadline)
@@ -153,9 +160,17 @@ class ProcessGroups:
         tensor.copy_(total)
 
     def all_gather(self, gathered: torch.Tensor, part: torch.Tensor, deadline: Deadline) -> None:
+        node = self._through_node("all_gather", part)
+        if node is not None:
+            node.all_gather(gathered, part, deadline)
+            return
         _wait(self._of(part)._allgather_base(_as_bytes(gathered), _as_bytes(part)), deadline)
 
     def broadcast(self, tensor: torch.Tensor, src: int, deadline: Deadline) -> None:
+        node = self._through_node("broadcast", tensor)
+        if node is not None:
+            node.broadcast(tensor, src, deadline)
+            return
         options = BroadcastOptions()
         options.rootRank = src
         _wait(self._of(tensor).broadcast([_as_bytes(tensor)], options), deadline)
@@ -167,7 +182,14 @@ class ProcessGroups:
         _wait(self._of(tensor).recv([_as_bytes(tensor)], src, tag), deadline)
 
     def barrier(self, deadline: Deadline) -> None:
-        _wait(self.gloo.barrier(), deadline)
+        if self.node is not None:
+            self.node.barrier(deadline)
+        else:
+            _wait(self.gloo.barrier(), deadline)
+
+    def _through_node(self, operation: str, tensor: torch.Tensor) -> NodeExchange | None:
+        takes = tensor.is_cpu and self.node is not None and self.node.takes(operation, tensor.nbytes, tensor.dtype)
+        return self.node if takes else None
 
     def _of(self, tensor: torch.Tensor) -> Any:
         if tensor.is_cpu:
@@ -178,6 +200,8 @@ class ProcessGroups:
 
     def close(self) -> None:
         """Drops the groups. Idempotent."""
+        if self.node is not None:
+            self.node.close()
         if self.nccl is not None:
             self.nccl.shutdown()
         self.cpu_group = self.device_group = self.gloo = self.nccl = None
