@@ -9,6 +9,7 @@ Layout, after the segment's 64-byte header::
                what     u64  four of them, by step modulo 4: what r does in that step; by r only
                ended    u32  0, or why r takes no more part: CLOSED ...; by r, and DIED by any other; the first stays
                event    u32  changes with everything told here; those who wait for r sleep on it; see `ring.Bell`
+               entered  u64  collective operations that r has begun, of any kind: for errors only; by r only
     data()     what the steps move, two areas for each rank, for even and for odd steps; by that rank only
 
 All members go through the same steps, 1, 2, ...: an operation is one step or two. A step, on each rank::
@@ -67,7 +68,7 @@ _WHY = {
 _LINE = 128
 _OVER = 64
 _LINES = 128
-_ARRIVED, _WHAT, _ENDED, _EVENT = 0, 8, 40, 44  # in a line
+_ARRIVED, _WHAT, _ENDED, _EVENT, _ENTERED = 0, 8, 40, 44, 48  # in a line
 
 
 class LateRanksError(TimeoutError):
@@ -165,6 +166,16 @@ class NodeBoard:
             for bell in bells:
                 bell.ring()  # SYNC POINT: arrived before event; here, `over`
 
+    def enter(self) -> None:
+        """This rank begins a collective operation, whether it goes this way or not."""
+        self._longs[self._arrived[self._own] + _ENTERED // 8] += 1
+
+    def not_entered(self) -> list[int]:
+        """Ranks in the group that have begun fewer operations than this one."""
+        longs, at = self._longs, _ENTERED // 8
+        own = longs[self._arrived[self._own] + at]
+        return [rank for rank in self.others if longs[self._arrived[rank] + at] < own]
+
     def begin(self) -> int:
         """The next step's number."""
         self.step += 1
@@ -177,7 +188,7 @@ class NodeBoard:
             LateRanksError: the readers had not come at the deadline. ExchangeEndedError: the group has ended.
         """
         if self._ints[_OVER // 4]:
-            raise self._ended(self.late(self.others, self.step))
+            raise self._ended(self._late(self.others, self.step))
         self._await(self.others, self.step - 1, deadline)
         if futex.fence is not None:
             futex.fence()  # SYNC POINT: reads before arrival
@@ -204,7 +215,7 @@ class NodeBoard:
         """What `rank`, which has come, does in this step."""
         return self._longs[self._arrived[rank] + _WHAT // 8 + (self.step & 3)]
 
-    def late(self, ranks: Iterable[int], step: int) -> list[int]:
+    def _late(self, ranks: Iterable[int], step: int) -> list[int]:
         return [rank for rank in ranks if self._longs[self._arrived[rank]] < step]
 
     def name(self, ranks: Sequence[int]) -> str:
@@ -252,7 +263,7 @@ class NodeBoard:
                 self.end(rank, DIED)
 
     def _failure(self, ranks: Sequence[int], step: int, deadline: Deadline) -> Exception:
-        late = self.late(ranks, step)
+        late = self._late(ranks, step)
         if self._ints[_OVER // 4]:
             return self._ended(late)
         return LateRanksError(f"{self.name(late)} had not arrived after {deadline.timeout} s", late)

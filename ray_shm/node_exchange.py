@@ -141,16 +141,21 @@ class NodeExchange:
     def barrier(self, deadline: Deadline) -> None:
         self._run(self._meet, deadline)
 
+    def enter(self) -> None:
+        """This rank begins a collective operation, here or through gloo: what `late` compares."""
+        if self._board is not None:
+            self._board.enter()
+
     def late(self) -> list[int]:
-        """Ranks in the group that have not come to the operation which this rank is in, or was in last."""
+        """Ranks in the group that have not begun the collective operation which this rank is in, or was in last."""
         board = self._board
-        return self._late if board is None else board.late(board.others, board.step)
+        return self._late if board is None else board.not_entered()
 
     def close(self) -> None:
         """Leave: members that wait for this rank raise. Frees the memory. Idempotent; not during an operation."""
         board, self._board = self._board, None
         if board is not None:
-            self._late = board.late(board.others, board.step)
+            self._late = board.not_entered()
             board.close()
         self._memory = None
 

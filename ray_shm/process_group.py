@@ -183,13 +183,16 @@ class ProcessGroups:
 
     def barrier(self, deadline: Deadline) -> None:
         if self.node is not None:
+            self.node.enter()
             self.node.barrier(deadline)
         else:
             _wait(self.gloo.barrier(), deadline)
 
     def _through_node(self, operation: str, tensor: torch.Tensor) -> NodeExchange | None:
-        takes = tensor.is_cpu and self.node is not None and self.node.takes(operation, tensor.nbytes, tensor.dtype)
-        return self.node if takes else None
+        if self.node is None:
+            return None
+        self.node.enter()
+        return self.node if tensor.is_cpu and self.node.takes(operation, tensor.nbytes, tensor.dtype) else None
 
     def _of(self, tensor: torch.Tensor) -> Any:
         if tensor.is_cpu:
