@@ -56,8 +56,9 @@ from ray_shm.ring import Bell
 from ray_shm.segment import Segment, start_time
 from ray_shm.waiting import Waiter
 
-CLOSED, RELEASED, GAVE_UP, MISMATCHED, INTERRUPTED, DIED = range(1, 7)
+LOST, CLOSED, RELEASED, GAVE_UP, MISMATCHED, INTERRUPTED, DIED = range(1, 8)
 _WHY = {
+    LOST: "has lost the group",
     CLOSED: "has left the group",
     RELEASED: "was released from the group",
     GAVE_UP: "has given up waiting",
@@ -270,9 +271,11 @@ class NodeBoard:
 
     def _ended(self, late: Sequence[int]) -> ExchangeEndedError:
         codes = [self._ints[(_LINES + _LINE * rank + _ENDED) // 4] for rank in range(len(self._places))]
+        ended = [rank for rank, code in enumerate(codes) if code]
+        ended = [rank for rank in ended if codes[rank] != LOST] or ended  # not who ended because others had
         # A death explains that others gave up; this rank's own end comes last.
-        order = sorted((rank for rank, code in enumerate(codes) if code), key=lambda r: (r == self._own, -codes[r]))
-        told = [f"{self._places[rank]} {_WHY[codes[rank]]}" for rank in order]
+        ended.sort(key=lambda rank: (rank == self._own, -codes[rank]))
+        told = [f"{self._places[rank]} {_WHY[codes[rank]]}" for rank in ended]
         absent = [rank for rank in late if not codes[rank]]
         if absent:
             told.append(f"{self.name(absent)} had not arrived")

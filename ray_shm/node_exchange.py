@@ -28,9 +28,9 @@ from ray_shm import futex, node_board
 from ray_shm.deadline import Deadline
 from ray_shm.errors import StartError
 from ray_shm.node_board import (
-    CLOSED,
     GAVE_UP,
     INTERRUPTED,
+    LOST,
     MISMATCHED,
     RELEASED,
     ExchangeEndedError,
@@ -250,7 +250,7 @@ def _why(exc: BaseException) -> int:
     if isinstance(exc, LateRanksError):
         return GAVE_UP
     if isinstance(exc, ExchangeEndedError):
-        return MISMATCHED if isinstance(exc, _MismatchError) else CLOSED
+        return MISMATCHED if isinstance(exc, _MismatchError) else LOST
     return INTERRUPTED
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rank_pool import WATCHDOG, Pool, Rank
+from rank_pool import SETTLE, WATCHDOG, Pool, Rank
 from test_process_group_queues import in_another_mount_namespace, may_hide, own_pid
 
 from ray_shm.coordinator import StatelessGroupCoordinator
@@ -29,8 +29,16 @@ LENGTHS = (1, 7, 576, 20_011, 65_536)  # the last two are reduced by slices; 20,
 def pool() -> Iterator[Pool]:
     """The last two tests kill ranks 2 and 1."""
     pool = Pool()
+    pool.run(one_thread)
     yield pool
     pool.close()
+
+
+def one_thread(_me: Rank) -> None:
+    """As Ray has it: torch's threads would fight for the cores."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def node_of(group: StatelessGroupCoordinator) -> Any:
@@ -144,7 +152,7 @@ def check_stress(me: Rank, seed: int, rounds: int) -> None:
         _read_slowly(node_of(group), pause)
         for turn in range(rounds):
             operation = order.choice(["all_reduce", "all_gather", "broadcast", "broadcast", "broadcast", "barrier"])
-            length, src = order.choice([1, 9, 576, 9_000, 40_000]), order.randrange(3)
+            length, src = order.choice([1, 9, 576, 9_000, 30_000]), order.randrange(3)
             parts = [torch.arange(length) + 1_000_003 * turn + 7 * rank for rank in range(3)]
             if pause.random() < 0.02:
                 time.sleep(pause.random() / 500)
@@ -176,7 +184,7 @@ def _paused(read: Callable[..., None], pause: random.Random) -> Callable[..., No
 
 
 def test_a_slow_reader_is_never_overwritten(pool: Pool) -> None:
-    pool.run(check_stress, 1, 1500)
+    pool.run(check_stress, 1, 1000)
 
 
 @pytest.mark.slow
@@ -248,7 +256,7 @@ def test_a_release_wakes_the_waiter_and_its_peers(pool: Pool) -> None:
     own, other, _ = pool.run(check_released)
     assert "rank 2 raised" in own
     assert "global rank 0 (pid" in other
-    assert "was released" in other or "has left the group" in other
+    assert "was released" in other
 
 
 def check_left(me: Rank) -> str:
@@ -261,13 +269,14 @@ def check_left(me: Rank) -> str:
 
 
 def test_a_rank_that_left_is_named(pool: Pool) -> None:
+    pid = pool.run(own_pid)[2]
     for text in pool.run(check_left)[:2]:
-        assert "has left the group" in text
+        assert f"global rank 2 (pid {pid}) has left the group" in text
 
 
 def check_first_to_finish(me: Rank) -> None:
     """A member that has got its result may leave before the others look at theirs."""
-    for turn in range(30):
+    for turn in range(10):
         group = me.group(f"finish {turn}")
         _read_slowly(node_of(group), random.Random(turn + me.rank))
         import torch
@@ -319,7 +328,8 @@ class Interruption:
         self._waits, self._handled = threading.Event(), threading.Event()
 
     def __enter__(self) -> None:
-        self._sleep, self._board._sleep = self._board._sleep, self._tell
+        self._sleep = self._board._sleep
+        self._board._sleep = self._tell
         self._previous = signal.signal(signal.SIGURG, self._raise)
         self._thread = threading.Thread(target=self._signal, args=(threading.get_ident(),))
         self._thread.start()
@@ -327,7 +337,7 @@ class Interruption:
     def __exit__(self, *_: object) -> None:
         self._thread.join(WATCHDOG)
         signal.signal(signal.SIGURG, self._previous)
-        del self._board, self._sleep
+        del self._board._sleep, self._sleep
 
     def _tell(self, *args: Any) -> Any:
         self._waits.set()
@@ -411,7 +421,10 @@ def check_cycles(me: Rank) -> None:
     before = held()
     for turn in range(5, 105):
         cycle(me, turn)
-    assert held() == before
+    deadline = time.monotonic() + SETTLE  # the thread that watched the processes ends by itself
+    while any(now > then for now, then in zip(held(), before, strict=True)):
+        assert time.monotonic() < deadline, (held(), before)
+        time.sleep(0.01)
 
 
 def cycle(me: Rank, turn: int) -> None:
