@@ -212,9 +212,9 @@ class NodeBoard:
         """
         self._await(ranks, self.step, deadline)
 
-    def what(self, rank: int) -> int:
-        """What `rank`, which has come, does in this step."""
-        return self._longs[self._arrived[rank] + _WHAT // 8 + (self.step & 3)]
+    def what(self, rank: int, step: int) -> int:
+        """What `rank` does in this step or did in the last, to which it has come."""
+        return self._longs[self._arrived[rank] + _WHAT // 8 + (step & 3)]
 
     def _late(self, ranks: Iterable[int], step: int) -> list[int]:
         return [rank for rank in ranks if self._longs[self._arrived[rank]] < step]

@@ -84,6 +84,7 @@ class NodeExchange:
         self._board: NodeBoard | None = NodeBoard(segment, places, own)
         self._memory: _Areas | None = _Areas(segment, len(places), own)
         self._late: list[int] = []
+        self._sent = False  # the last step was a broadcast of this rank's
         meeting.release.on_request(self._board.ender(RELEASED))
         self._board.watch()
 
@@ -205,13 +206,13 @@ class NodeExchange:
     def _send(self, board: NodeBoard, deadline: Deadline, flat: torch.Tensor, src: int) -> None:
         board.begin()
         self._give(board, deadline, flat, _what(_BROADCAST, flat.nbytes, _DTYPE_CODES[flat.dtype], src))
+        self._sent = True
 
     def _receive(self, board: NodeBoard, deadline: Deadline, flat: torch.Tensor, src: int) -> None:
         parity = board.begin() & 1
-        what = _what(_BROADCAST, flat.nbytes, _DTYPE_CODES[flat.dtype], src)
-        board.publish(what)
+        board.publish(_what(_BROADCAST, flat.nbytes, _DTYPE_CODES[flat.dtype], src))
         board.await_members([src], deadline)
-        self._compare(board, [src], what)
+        self._compare(board, [src], board.step)
         self._areas.take(src, parity, flat.data_ptr(), flat.nbytes)
 
     def _meet(self, board: NodeBoard, deadline: Deadline) -> None:
@@ -227,19 +228,22 @@ class NodeExchange:
 
     def _give(self, board: NodeBoard, deadline: Deadline, flat: torch.Tensor, what: int) -> None:
         board.await_readers(deadline)
+        if self._sent:  # and has not looked at its receivers' line
+            self._compare(board, board.others, board.step - 1)
+            self._sent = False
         self._areas.put(board.step & 1, flat)
         board.publish(what)
 
     def _await(self, board: NodeBoard, deadline: Deadline) -> None:
         board.await_members(board.others, deadline)
-        self._compare(board, board.others, board.what(self._own))
+        self._compare(board, board.others, board.step)
 
-    def _compare(self, board: NodeBoard, ranks: list[int], own: int) -> None:
+    def _compare(self, board: NodeBoard, ranks: list[int], step: int) -> None:
+        own = board.what(self._own, step)
         for rank in ranks:
-            if board.what(rank) != own:
-                raise _MismatchError(
-                    f"{board.name([rank])} called {_in_words(board.what(rank))}, this rank {_in_words(own)}", []
-                )
+            other = board.what(rank, step)
+            if other != own:
+                raise _MismatchError(f"{board.name([rank])} called {_in_words(other)}, this rank {_in_words(own)}", [])
 
 
 class _MismatchError(ExchangeEndedError):
