@@ -156,9 +156,13 @@ class Arrivals:
         self._watch(lambda: bool(self._quitters() or self._gone()), _CAUSE)
         if not self._quitters():
             gone = self._gone()
-            return self._of_gone(attempt, gone) if gone else Account()
+            return self._of_gone(attempt, gone) if gone else Account(ranks=self._global(late or []))
         self._watch(lambda: not self._absent(attempt), PATIENCE + _GRACE)
         return self._of_quitters(attempt)
+
+    def close(self) -> None:
+        """Lets go of the store, which a traceback would keep open."""
+        self._store, self._silent = None, True
 
     # Who is late
 

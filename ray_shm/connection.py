@@ -161,6 +161,7 @@ class GroupConnection:
         if not self._end(PeerLostError(f"{attempt.operation} failed in {self.label}"), wake=True):
             return self._again(attempt.operation)
         account = attempt.arrivals.account(attempt, gave_up, late)
+        attempt.arrivals.close()
         text = (
             f"{attempt.operation} failed in {self.label}{account.text}. {first_line(exc)}. "
             f"{'' if account.ranks else 'A peer is gone, or called with another shape or dtype. '}"

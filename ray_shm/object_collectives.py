@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ray_shm.membership import Member
-from ray_shm.tensor_collectives import flat
+from ray_shm.tensor_arguments import flat
 
 if TYPE_CHECKING:
     import torch
@@ -123,7 +123,9 @@ class ObjectCollectives(Member):
 
     def _broadcast_each(self, tensors: list[torch.Tensor], src: int, timeout: float | None) -> None:
         for tensor in tensors:
-            self._link.run("broadcast_tensor_dict", "broadcast", flat(tensor), src, timeout=timeout)
+            self._link.run(
+                "broadcast_tensor_dict", "broadcast", flat("broadcast_tensor_dict", tensor), src, timeout=timeout
+            )
 
     # Queues of the user's own
 

@@ -35,6 +35,7 @@ from ray_shm.deadline import Deadline
 from ray_shm.direct_exchange import DirectExchange
 from ray_shm.direct_exchange import as_bytes as _as_bytes
 from ray_shm.errors import StartError
+from ray_shm.node_exchange import NodeExchange
 from ray_shm.queue_broadcast import QueueBroadcaster, Received
 from ray_shm.rendezvous import Rendezvous
 from ray_shm.ring import Buffer
@@ -75,6 +76,7 @@ class ProcessGroups(DirectExchange):
         self.gloo: Any = None
         self.nccl: Any = None
         self.queues = QueueBroadcaster(meeting.members, meeting.bind_host)
+        self.node: NodeExchange | None = None  # where all members share memory
         try:
             self._connect(meeting, device)
         except RuntimeError as exc:
@@ -93,8 +95,10 @@ class ProcessGroups(DirectExchange):
             self.nccl = _nccl(meeting, device)
             meeting.release.on_request(self._abort_nccl)
             self.device_group = _wrap(meeting, ProcessGroup.BackendType.NCCL, [("cuda", self.nccl), ("cpu", self.gloo)])
+        self.node = NodeExchange.form(meeting)
+        within = Deadline.after(meeting.meeting_timeout)
         # The store may go away as soon as the first member returns, so none returns before all have connected.
-        self.barrier(Deadline.after(meeting.meeting_timeout))
+        wait(self.gloo.barrier(timed(BarrierOptions(), within)), within)
 
     def _connect_gloo(self, meeting: Rendezvous) -> None:
         members = meeting.members
@@ -136,6 +140,10 @@ class ProcessGroups(DirectExchange):
         Raises:
             TypeError: gloo does not reduce this dtype. Found by every member alike, before anything is sent.
         """
+        node = self._through_node("all_reduce", tensor)
+        if node is not None:
+            node.all_reduce(tensor.view(-1), op, deadline)
+            return
         small = tensor.is_cpu and 0 < tensor.nbytes <= DIRECT_BYTES and self._size <= DIRECT_RANKS
         if small and op == "sum" and tensor.dtype in DIRECT_DTYPES:
             self._sum_directly(tensor, deadline)
@@ -164,16 +172,28 @@ class ProcessGroups(DirectExchange):
         tensor.copy_(total)
 
     def all_gather(self, gathered: torch.Tensor, part: torch.Tensor, deadline: Deadline) -> None:
+        node = self._through_node("all_gather", part)
+        if node is not None:
+            node.all_gather(gathered, part, deadline)
+            return
         options = timed(AllgatherOptions(), deadline)
         wait(self._of(part)._allgather_base(_as_bytes(gathered), _as_bytes(part), options), deadline)
 
     def broadcast(self, tensor: torch.Tensor, src: int, deadline: Deadline) -> None:
+        node = self._through_node("broadcast", tensor)
+        if node is not None:
+            node.broadcast(tensor, src, deadline)
+            return
         options = timed(BroadcastOptions(), deadline)
         options.rootRank = src
         wait(self._of(tensor).broadcast([_as_bytes(tensor)], options), deadline)
 
     def barrier(self, deadline: Deadline) -> None:
-        wait(self.gloo.barrier(timed(BarrierOptions(), deadline)), deadline)
+        if self.node is not None:
+            self.node.enter()
+            self.node.barrier(deadline)
+        else:
+            wait(self.gloo.barrier(timed(BarrierOptions(), deadline)), deadline)
 
     def publish(self, frames: Sequence[Buffer], deadline: Deadline) -> None:
         """An object's frames to all others, through queues."""
@@ -182,6 +202,12 @@ class ProcessGroups(DirectExchange):
     def take(self, src: int, received: Received, deadline: Deadline) -> None:
         """The next object that the member `src` has published."""
         self.queues.take(src, received, self.all_gather, deadline)
+
+    def _through_node(self, operation: str, tensor: torch.Tensor) -> NodeExchange | None:
+        if self.node is None:
+            return None
+        self.node.enter()
+        return self.node if tensor.is_cpu and self.node.takes(operation, tensor.nbytes, tensor.dtype) else None
 
     def _of(self, tensor: torch.Tensor) -> Any:
         if tensor.is_cpu:
@@ -194,6 +220,8 @@ class ProcessGroups(DirectExchange):
         """Drops the groups and closes the queues. Idempotent."""
         self.queues.close()
         self.forget_transfers()
+        if self.node is not None:
+            self.node.close()
         if self.nccl is not None:
             self.nccl.shutdown()
         self.cpu_group = self.device_group = self.gloo = self.nccl = None
