@@ -62,16 +62,19 @@ pytest: $(DEV)
 	$(call say,"pytest without the slow tests")
 	@$(BIN)/pytest -m "not slow" --durations=25
 
-bench: $(BENCH)  ## the queue beside pipes, pyzmq and a memcpy; calls beside Ray calls and a compiled graph
+bench: $(BENCH)  ## the queue beside pipes and pyzmq; calls beside Ray calls; groups beside torch.distributed
 	$(call say,"ray-shm bench queue")
 	@$(BIN)/ray-shm bench queue --plot bench-queue.png
 	$(call say,"ray-shm bench rpc")
 	@$(BIN)/ray-shm bench rpc
+	$(call say,"ray-shm bench groups")
+	@$(BIN)/ray-shm bench groups
 
 bench-quick: $(DEV)
 	$(call say,"every benchmark for a moment; its figures mean nothing")
 	@$(BIN)/ray-shm bench queue --quick
 	@$(BIN)/ray-shm bench rpc --quick
+	@$(BIN)/ray-shm bench groups --quick
 
 format: $(DEV)  ## let ruff format the code
 	@$(BIN)/ruff check -q --fix . && $(BIN)/ruff format .

@@ -17,8 +17,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     kinds = bench.add_subparsers(dest="kind", required=True)
     _add_rpc(kinds.add_parser("rpc", help="collective_rpc beside Ray calls, a compiled graph and Monarch"))
     _add_queue(kinds.add_parser("queue", help="MessageQueue beside pyzmq, pipes, iceoryx2 and a memcpy; needs no Ray"))
+    _add_groups(kinds.add_parser("groups", help="coordinator groups beside torch.distributed; needs no Ray"))
     options = parser.parse_args(argv)
-    run = {"rpc": _bench_rpc, "queue": _bench_queue}[options.kind]
+    run = {"rpc": _bench_rpc, "queue": _bench_queue, "groups": _bench_groups}[options.kind]
     return run(options)
 
 
@@ -125,4 +126,50 @@ def _bench_queue(options: argparse.Namespace) -> int:
         report.finish()
     if options.plot:
         plot(report.rows, options.plot)
+    return 0
+
+
+# ---- bench groups -------------------------------------------------------------------------------------------------
+
+
+def _add_groups(groups: argparse.ArgumentParser) -> None:
+    tensors = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "gather", "barrier", "send/recv")
+    operations = (*tensors, "broadcast_object", "broadcast_tensor_dict")
+    groups.add_argument("--only", choices=operations, nargs="+", metavar="OPERATION", help=f"of {' '.join(operations)}")
+    groups.add_argument("--ranks", type=_ranks, nargs="+", metavar="N", help="(default: 2 3 4)")
+    groups.add_argument("--payload", type=_size, nargs="+", metavar="SIZE", help="of each rank, such as 64KiB")
+    groups.add_argument("--calls", type=_positive, metavar="N", help="for each row at most (default: 500)")
+    groups.add_argument("--seconds", type=float, help="for each row, about (default: 1)")
+    groups.add_argument("--quick", action="store_true", help="2 ranks, one size, 12 calls: checks that it works")
+    groups.add_argument(
+        "--json", action="store_true", help="JSON lines: the machine, then a line per row as it is done"
+    )
+
+
+def _ranks(text: str) -> int:
+    number = _positive(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError("a group of one has nobody to exchange with; give 2 or more")
+    return number
+
+
+def _bench_groups(options: argparse.Namespace) -> int:
+    from ray_shm.actors.bench_workers import BenchError
+    from ray_shm.actors.groups_bench import QUICK, Plan, bench_groups
+    from ray_shm.actors.groups_report import Report
+
+    asked = {"operations": options.only, "ranks": options.ranks, "payloads": options.payload}
+    asked |= {"calls": options.calls, "seconds": options.seconds}
+    plan = Plan(**(QUICK if options.quick else {}) | {name: value for name, value in asked.items() if value})
+    report = Report(options.json, plan.notes)
+    try:
+        bench_groups(plan, report)
+    except KeyboardInterrupt:
+        print("ray-shm bench groups: interrupted", file=sys.stderr)
+        return 130
+    except BenchError as exc:
+        print(f"ray-shm bench groups: {exc}", file=sys.stderr)
+        return 1
+    finally:
+        report.finish()
     return 0

@@ -113,22 +113,23 @@ class ControlThread:
         return replace(self._row.standing(), operation=operation_of(self._groups))
 
     def _release(self, failed: Sequence[int], reason: str, epoch: int, call_id: int, idle: bool) -> list[str]:
-        """Release the groups with a rank that will not come, and return their names.
+        """Release the groups with a rank that will not come; the names of those that are to be formed again.
 
         epoch: the last formation that is meant. call_id: if this call runs here; 0: in any case. idle: also the groups
         that are in no operation yet.
         """
         standing = self._row.standing()
-        if call_id and (standing.call_id != call_id or standing.state == "idle"):
-            return []  # it is over here, and another one may be in an operation of its own
-        waiting = [
+        meant = [
             (name, group)
             for name, group in list(self._groups.items())
-            if set(group.ranks) & set(failed) and group.epoch <= epoch and (idle or group.operation is not None)
+            if set(group.ranks) & set(failed) and group.epoch <= epoch
         ]
-        for _, group in waiting:
-            group.release(reason)
-        return [name for name, _ in waiting]
+        # Else it is over here, and another one may be in an operation of its own.
+        runs = not call_id or (standing.call_id == call_id and standing.state != "idle")
+        waiting = [name for name, group in meant if runs and (idle or group.operation is not None)]
+        for name in waiting:
+            self._groups[name].release(reason)
+        return [name for name, group in meant if name in waiting or group.is_lost]  # by an interrupted broadcast, say
 
 
 def operation_of(groups: Groups) -> str:

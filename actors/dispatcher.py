@@ -377,6 +377,11 @@ class Dispatcher(Replies):
         """Ask every worker to end its loop after the calls sent so far. Raises as QueueWriter.send."""
         self._requests.send(wire.encode_stop(self.epoch), deadline, self._drain_quietly)
 
+    @property
+    def refusing(self) -> bool:
+        """Calls, because the group is being closed."""
+        return self._refusing
+
     def refuse_calls(self) -> None:
         """From now on `submit` raises GroupClosedError. Calls in flight go on, but for streams, which are cancelled."""
         self._refusing = True

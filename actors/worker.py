@@ -193,6 +193,7 @@ class WorkerActor:
             spec.rank.local_rank,
             "gloo" if plan.backend == "auto" and not spec.rank.place.gpu_ids else plan.backend,
             False,
+            use_message_queue_broadcaster=True,
             group_name=name,
             host=spec.store[0],
             global_rank=spec.rank.rank,

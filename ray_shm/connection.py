@@ -17,12 +17,12 @@ import errno
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ray_shm.deadline import Deadline
+from ray_shm.arrivals import Arrivals, Attempt
 from ray_shm.errors import GroupClosedError, PeerLostError, RayShmError, StartError
 from ray_shm.formation import Formation
 from ray_shm.membership import Membership
@@ -37,8 +37,10 @@ if TYPE_CHECKING:
     from ray_shm.process_group import ProcessGroups
 
 BACKENDS = ("auto", "gloo", "nccl")
+_OUTCOME = 1.0  # seconds in which a forming that ran out of time says why
 REDUCE_OPS = ("sum", "product", "min", "max")
-TENSOR_TAG, OBJECT_TAG = 0, 1  # and process_group.SUM_TAG; gloo matches messages by (source, destination, tag)
+# Gloo matches messages by (source, destination, tag); 2 is process_group.SUM_TAG.
+TENSOR_TAG, OBJECT_TAG, DICT_TAG, PART_TAG = 0, 1, 3, 4
 
 
 class GroupConnection:
@@ -70,6 +72,7 @@ class GroupConnection:
         self.store: Any = None
         self.backend = self._wanted = backend
         self._members, self._name = members, name
+        self._arrivals: Arrivals = Arrivals(None, members, {})  # of the current formation
         self._given_store, self._store_address = store, store_address
         self._bind_host, self._timeout, self.device = bind_host, timeout, device
         self._reason_wait = reason_wait
@@ -91,8 +94,17 @@ class GroupConnection:
         m = self._members
         return f"coordinator group {self._name!r} (global ranks {list(m.ranks)}, this rank {m.ranks[m.rank_in_group]})"
 
-    def connect(self, operation: str = "connect") -> ProcessGroups:
-        """The process groups; connects if nobody did yet. `operation` names what for.
+    @property
+    def is_lost(self) -> bool:
+        """Whether every operation raises PeerLostError, or a broadcast through queues would."""
+        groups = self.groups
+        return isinstance(self._ended, PeerLostError) or (groups is not None and groups.queues.ended)
+
+    def connect(self, operation: str = "connect", timeout: float | None = None) -> ProcessGroups:
+        """The process groups; connects if nobody did yet.
+
+        Args:
+            operation: what for. timeout: seconds; default: the group's.
 
         Raises:
             StartError: could not connect. GroupClosedError, PeerLostError: ended before, or meanwhile.
@@ -104,7 +116,7 @@ class GroupConnection:
                 raise self._again(operation)
             outer, self.operation = self.operation, self.operation or operation
             try:
-                return self._connect(self.operation)
+                return self._connect(self.operation, self._timeout if timeout is None else timeout)
             finally:
                 self.operation = outer
 
@@ -112,10 +124,12 @@ class GroupConnection:
         """Runs the primitive of `ProcessGroups`; `operation` names it in the error, and to other threads meanwhile.
 
         Args:
-            timeout: seconds, from when the group is connected. Default: the group's.
+            timeout: seconds, for forming the group if that is to be done yet, and again for the operation. Default:
+                the group's. Operations on CUDA tensors are only queued; torch's watchdog ends those at the group's.
 
         Raises:
             ValueError: `timeout` is not positive.
+            StartError: the group could not be formed.
             PeerLostError: a peer is gone or late, or the group was released; the connection has ended.
         """
         seconds = self._timeout if timeout is None else timeout
@@ -123,28 +137,47 @@ class GroupConnection:
             raise ValueError(f"{operation}: timeout={timeout}: give seconds, more than 0")
         self.operation = operation
         try:
-            run = getattr(self.groups or self.connect(operation), primitive)
-            deadline = Deadline.after(seconds)
+            groups = self.groups or self.connect(operation, seconds)
+            attempt = self._attempt(groups, operation, primitive, args, seconds)
+            run = getattr(groups, primitive)
             try:
-                run(*args, deadline)
+                run(*args, attempt)
             except (RuntimeError, TimeoutError) as exc:
                 # Gloo knows the broken connection's port, whoever watches the processes knows which rank died.
-                self._release.requested.wait(deadline.slice(self._reason_wait))
-                raise self.lost(operation, exc, seconds) from exc
+                self._release.requested.wait(attempt.slice(self._reason_wait))
+                raise self._lost(attempt, exc) from exc
+            except (TypeError, ValueError):
+                attempt.uncount()
+                raise
+            attempt.finish()
         finally:
             self.operation = None
 
-    def lost(self, operation: str, exc: Exception, seconds: float) -> RayShmError:
+    def _attempt(
+        self, groups: ProcessGroups, operation: str, primitive: str, args: Sequence[Any], seconds: float
+    ) -> Attempt:
+        on_gpu = groups.nccl is not None and any(getattr(arg, "is_cuda", False) for arg in args)
+        return self._arrivals.begin(operation, primitive, args, None if on_gpu else seconds)
+
+    def _lost(self, attempt: Attempt, exc: Exception) -> RayShmError:
         """The error to raise after `exc`. Closes the sockets, so that peers that wait for this rank raise as well."""
+        late = getattr(exc, "late", None)
+        gave_up = isinstance(exc, TimeoutError) or attempt.expired()
+        if self._ended is None:
+            attempt.arrivals.end(attempt, gave_up)
+        if not self._end(PeerLostError(f"{attempt.operation} failed in {self.label}"), wake=True):
+            return self._again(attempt.operation)
+        account = attempt.arrivals.account(attempt, gave_up, late)
+        attempt.arrivals.close()
         text = (
-            f"{operation} failed in {self.label}: {first_line(exc)}. A peer is gone, was later than "
-            f"{seconds} s, or called with another shape or dtype. The group is of no use any more: reform() it, "
-            "or destroy() it and form another, under the next epoch"
+            f"{attempt.operation} failed in {self.label}{account.text}. {first_line(exc)}. "
+            f"{'' if account.ranks else 'A peer is gone, or called with another shape or dtype. '}"
+            "The group is of no use any more: reform() it, or destroy() it and form another, under the next epoch"
         )
-        # Not the one that is raised: its traceback would keep every frame alive.
-        if self._end(PeerLostError(text)):
-            return PeerLostError(text)
-        return self._again(operation)
+        with self._ending:  # not the one that is raised: its traceback would keep every frame alive
+            if isinstance(self._ended, PeerLostError):
+                self._ended = PeerLostError(text, account.ranks)
+        return PeerLostError(text, account.ranks)
 
     def release(self, reason: str) -> bool:
         """See StatelessGroupCoordinator.release."""
@@ -200,14 +233,21 @@ class GroupConnection:
             )
         if isinstance(self._ended, GroupClosedError):
             return GroupClosedError(f"{self._ended}; form it again under the next epoch")
+        if isinstance(self._ended, PeerLostError):
+            return PeerLostError(str(self._ended), self._ended.ranks)
         return type(self._ended)(str(self._ended)) if self._ended else StartError(f"{self.label} was not formed")
 
-    def _end(self, reason: RayShmError) -> bool:
-        """Frees the sockets, on the owner's thread. False: it had ended before, for another reason, which stays."""
+    def _end(self, reason: RayShmError, *, wake: bool = False) -> bool:
+        """Frees the sockets, on the owner's thread. False: it had ended before, for another reason, which stays.
+
+        wake: gloo's threads may still be in an operation, and would be waited for: end their connections first.
+        """
         with self._ending:
             first = self._ended is None
             self._ended = self._ended or reason
             self._set_aside()
+        if wake:
+            self._release.request()
         self._drop()
         return first
 
@@ -220,6 +260,7 @@ class GroupConnection:
         if dropped is not None:
             dropped.close()
         self.store = None
+        self._arrivals = Arrivals(None, self._members, {})
 
     def _close_own_store(self) -> None:
         served, self._own_store = self._own_store, None
@@ -228,11 +269,12 @@ class GroupConnection:
 
     # Forming: what may wait runs on a thread of its own, see formation.py
 
-    def _connect(self, operation: str) -> ProcessGroups:
+    def _connect(self, operation: str, seconds: float) -> ProcessGroups:
         release = self._release
         try:
-            formed = Formation(self._formation(release), release).result()
+            formed = Formation(self._formation(release, seconds), release).result(seconds + _OUTCOME)
         except StartError as exc:
+            release.request()  # what was left behind, if anything
             first = self._end(StartError(str(exc)))
             self._close_own_store()
             raise exc if first else self._again(operation) from exc
@@ -244,12 +286,13 @@ class GroupConnection:
         with self._ending:
             if formed is not None and self._ended is None:
                 self.groups, self.store, self.backend = formed.groups, formed.store, formed.groups.backend
+                self._arrivals = formed.arrivals
                 return formed.groups
         if formed is not None:
             formed.close()
         raise self._again(operation)
 
-    def _formation(self, release: Release) -> Callable[[], _Formed]:
+    def _formation(self, release: Release, seconds: float) -> Callable[[], _Formed]:
         """What is quick, and belongs on the owner's thread; returns the rest."""
         from ray_shm.process_group import gpu_id
 
@@ -260,25 +303,29 @@ class GroupConnection:
         host, port = self._store_address
         if self._given_store is None and port is not None and self._members.rank_in_group == 0 and not self._own_store:
             self._own_store = GroupStore.serve(_bound(host, port, self.label), self._timeout)
-        source = partial(self._open_store, self._own_store or self._given_store, release)
-        return partial(self._form, source, wanted, device, release)
+        source = partial(self._open_store, self._own_store or self._given_store, release, seconds)
+        return partial(self._form, source, wanted, device, release, seconds)
 
-    def _form(self, source: Callable[[], Any], wanted: str, device: torch.device, release: Release) -> _Formed:
+    def _form(
+        self, source: Callable[[], Any], wanted: str, device: torch.device, release: Release, seconds: float
+    ) -> _Formed:
         from ray_shm.process_group import ProcessGroups
         from ray_shm.rendezvous import MeetingStore, Rendezvous
 
         store = source()
         meeting = Rendezvous(
-            MeetingStore(_prefixed(store, self._name), release, self._timeout),
+            MeetingStore(_prefixed(store, self._name), release, seconds),
             self.label,
             self._members,
             self._bind_host,
             self._timeout,
             release,
+            seconds,
         )
-        return _Formed(ProcessGroups(meeting, meeting.agree(wanted), device), store)
+        groups = ProcessGroups(meeting, meeting.agree(wanted), device)
+        return _Formed(groups, store, Arrivals(meeting.store.inner, self._members, meeting.processes))
 
-    def _open_store(self, given: Any, release: Release) -> Any:
+    def _open_store(self, given: Any, release: Release, seconds: float) -> Any:
         if callable(given):
             return given()
         if given is not None:
@@ -288,13 +335,14 @@ class GroupConnection:
             from torch.distributed import HashStore
 
             return HashStore()
-        return GroupStore.connect(host, port, self._timeout, cancel=release.requested)
+        return GroupStore.connect(host, port, seconds, cancel=release.requested)
 
 
 @dataclass(slots=True)
 class _Formed:
     groups: ProcessGroups
     store: Any
+    arrivals: Arrivals
 
     def close(self) -> None:
         self.groups.close()

@@ -10,9 +10,9 @@
               └─► ProcessGroups   gloo, and nccl where there are GPUs
 
 Runs in every worker. Importing this module imports no torch: a lazy coordinator that is never used costs nothing.
-A coordinator is used by one thread at a time, as torch's process groups are; `operation`, `release` and `destroy` are
-for any thread. It does not notice a peer that dies while this rank is not exchanging data with it: the collective runs
-into its timeout, unless another thread releases it.
+A coordinator is used by one thread at a time, as torch's process groups are; `operation`, `is_lost`, `release` and
+`destroy` are for any thread. It does not notice a peer that dies while this rank is not exchanging data with it: the
+collective runs into its timeout, unless another thread releases it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class StatelessGroupCoordinator(TensorCollectives, ObjectCollectives, PointToPoi
         torch_distributed_backend: "gloo" (CPU), "nccl" (CUDA, and gloo for CPU tensors) or "auto": nccl where
             every member has a GPU to itself, else gloo.
         use_device_communicator: taken for compatibility; CUDA tensors always go through nccl.
-        use_message_queue_broadcaster: False. Object broadcasts go over the CPU group.
+        use_message_queue_broadcaster: objects that one member gives to all go through shared memory where members share
+            it, and by ZeroMQ to one member on each other node, which passes them on. Else over the CPU group. The same
+            on every member. `ctx.group(name)` in a worker has it.
         group_name: distinguishes groups that share a store.
         host: address of the group's first rank, which binds the port of `group_ports` there.
         group_ports: one list of ports per list of `group_ranks`; its last port serves the store.
@@ -67,7 +69,8 @@ class StatelessGroupCoordinator(TensorCollectives, ObjectCollectives, PointToPoi
     Attributes:
         rank: this rank, global. ranks: global ranks of the members. local_rank, global_world_size, epoch: as given.
         rank_in_group: position in `ranks`, which `src` and `dst` arguments count in. world_size: len(ranks).
-        group_name: as given. unique_name: with the epoch and the index of this rank's list; keys start with it.
+        group_name, use_message_queue_broadcaster: as given. unique_name: `group_name` with the epoch and the index of
+            this rank's list; keys start with it.
         backend: as asked; once connected, "gloo" or "nccl".
 
     Raises:
@@ -99,11 +102,6 @@ class StatelessGroupCoordinator(TensorCollectives, ObjectCollectives, PointToPoi
     ) -> None:
         if torch_distributed_backend not in BACKENDS:
             raise ValueError(f"backend {torch_distributed_backend!r} is none of {', '.join(BACKENDS)}")
-        if use_message_queue_broadcaster:
-            raise ValueError(
-                "use_message_queue_broadcaster=True is not supported: object broadcasts go over the CPU group; "
-                "pass False"
-            )
         if timeout <= 0:
             raise ValueError(f"timeout={timeout}: give the seconds that an operation may take, more than 0")
         super().__init__(Membership.find(group_ranks, global_rank))
@@ -111,6 +109,7 @@ class StatelessGroupCoordinator(TensorCollectives, ObjectCollectives, PointToPoi
         self.group_name = group_name or "anonymous"
         self.epoch = epoch
         self.use_device_communicator = use_device_communicator
+        self.use_message_queue_broadcaster = use_message_queue_broadcaster
         self._device_index = device_index
         self._link = GroupConnection(
             self._members,
@@ -134,6 +133,11 @@ class StatelessGroupCoordinator(TensorCollectives, ObjectCollectives, PointToPoi
     def operation(self) -> str | None:
         """What its thread is in at the moment, as "all_reduce" (forming the group for it included), or None."""
         return self._link.operation
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it needs `reform`: a peer is gone or late, it was released, or a broadcast was interrupted."""
+        return self._link.is_lost
 
     # Torch's own handles; the first of these properties that is read connects a lazy group, but for `device`
 

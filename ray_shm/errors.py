@@ -60,7 +60,8 @@ class PeerLostError(RayShmError):
     At fault: the peer. Remains: this end, to be closed.
 
     Attributes:
-        ranks: the readers that are lost, where a queue's writer knows them.
+        ranks: the readers that are lost, where a queue's writer knows them; the global ranks that a coordinator group's
+            operation waited for in vain, where they are known.
         ray_shm_victim: True: in an RpcError whoever raised this comes after the rank that failed by itself.
     """
 

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
+from ray_shm.errors import StartError
 from ray_shm.release import Release
 
 
@@ -34,14 +35,15 @@ class Formation(Generic[T]):
         release.on_request(self._woken.set)
         threading.Thread(target=self._run, name="ray-shm-formation", daemon=True).start()
 
-    def result(self) -> T | None:
+    def result(self, timeout: float) -> T | None:
         """What `form` returned, or None after a release.
 
         Raises:
-            What `form` raised.
+            What `form` raised. StartError: it took longer than `timeout` seconds, and is left behind.
         """
         try:
-            self._woken.wait()
+            if not self._woken.wait(timeout):
+                raise StartError(f"the group was not formed within {timeout:.1f} s: a member stopped half-way")
         finally:
             with self._lock:
                 self._left = True

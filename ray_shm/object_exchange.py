@@ -19,11 +19,11 @@ from ray_shm.errors import RemoteError
 _PICKLE_PROTOCOL = 5
 
 
-def broadcast(link: GroupConnection, obj: Any, src: int, timeout: float | None) -> Any:
+def broadcast(link: GroupConnection, operation: str, obj: Any, src: int, timeout: float | None) -> Any:
     """The object of the member `src`; `obj` counts there only."""
     if src != link.members.rank_in_group:
-        return _receive(link, src, timeout, "broadcast_object", "broadcast", src)
-    _transmit(link, obj, timeout, "broadcast_object", "broadcast", src)
+        return _receive(link, src, timeout, operation, "broadcast", src)
+    _transmit(link, obj, timeout, operation, "broadcast", src)
     return obj
 
 

@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import torch
+from torch._C._distributed_c10d import AllgatherOptions
 from torch.distributed import (
     AllreduceOptions,
+    BarrierOptions,
     BroadcastOptions,
     ProcessGroup,
     ProcessGroupGloo,
@@ -29,9 +32,15 @@ from torch.distributed import (
 
 from ray_shm import release
 from ray_shm.deadline import Deadline
+from ray_shm.direct_exchange import DirectExchange
+from ray_shm.direct_exchange import as_bytes as _as_bytes
 from ray_shm.errors import StartError
+from ray_shm.node_exchange import NodeExchange
+from ray_shm.queue_broadcast import QueueBroadcaster, Received
 from ray_shm.rendezvous import Rendezvous
+from ray_shm.ring import Buffer
 from ray_shm.store import first_line
+from ray_shm.work_waits import timed, wait, wait_for_pairs
 
 _REDUCE_OPS = {"sum": ReduceOp.SUM, "product": ReduceOp.PRODUCT, "min": ReduceOp.MIN, "max": ReduceOp.MAX}
 SUM_TAG = 2  # of the messages of a direct sum; see connection.py for the other tags
@@ -42,11 +51,12 @@ _LISTENER_TRIES = 100  # each fails only if another thread of this process begin
 _making_device = threading.Lock()
 
 
-class ProcessGroups:
+class ProcessGroups(DirectExchange):
     """The connected groups. `close` frees sockets and threads, unless the caller kept a reference to a group.
 
     Attributes:
         sockets: gloo's connections to the other members; a release shuts them down, and so ends every operation.
+        queues: for objects, where the coordinator was told to use them; made at the first broadcast.
     """
 
     def __init__(self, meeting: Rendezvous, backend: str, device: torch.device) -> None:
@@ -56,6 +66,7 @@ class ProcessGroups:
             StartError: a member could not be reached in time, or `bind_host` is no address of this node.
             ReleasedError: released.
         """
+        super().__init__()
         self.backend = backend
         self.sockets: list[release.SocketRef] = []
         self._rank, self._size = meeting.members.rank_in_group, meeting.members.world_size
@@ -64,12 +75,14 @@ class ProcessGroups:
         self.device_group: Any = None
         self.gloo: Any = None
         self.nccl: Any = None
+        self.queues = QueueBroadcaster(meeting.members, meeting.bind_host)
+        self.node: NodeExchange | None = None  # where all members share memory
         try:
             self._connect(meeting, device)
         except RuntimeError as exc:
             self.close()
             raise StartError(
-                f"{meeting.label} could not connect its members within {meeting.timeout} s "
+                f"{meeting.label} could not connect its members within {meeting.meeting_timeout} s "
                 f"({backend}, this rank on {meeting.bind_host}): {first_line(exc)}. "
                 "Check that all members are alive, that bind_host is this node's address, reachable from theirs, and "
                 "that firewalls let the ports of net.ipv4.ip_local_port_range through: gloo listens on one of them"
@@ -83,8 +96,10 @@ class ProcessGroups:
             self.nccl = _nccl(meeting, device)
             meeting.release.on_request(self._abort_nccl)
             self.device_group = _wrap(meeting, ProcessGroup.BackendType.NCCL, [("cuda", self.nccl), ("cpu", self.gloo)])
+        self.node = NodeExchange.form(meeting)
+        within = Deadline.after(meeting.meeting_timeout)
         # The store may go away as soon as the first member returns, so none returns before all have connected.
-        self.barrier(Deadline.after(meeting.timeout))
+        wait(self.gloo.barrier(timed(BarrierOptions(), within)), within)
 
     def _connect_gloo(self, meeting: Rendezvous) -> None:
         members = meeting.members
@@ -101,6 +116,7 @@ class ProcessGroups:
         listeners = [_address(meeting.store.get(f"listener/{r}")) for r in range(members.world_size) if r != own]
         self.sockets = release.connections(release.open_sockets() - before, address, listeners)
         meeting.release.on_request(self._shut_down)
+        meeting.release.on_request(self.queues.stop)
 
     def _knock(self, address: release.Address, size: int) -> None:
         if self.gloo is None:  # its constructor may wait for a member to connect
@@ -125,12 +141,16 @@ class ProcessGroups:
         Raises:
             TypeError: gloo does not reduce this dtype. Found by every member alike, before anything is sent.
         """
+        node = self._through_node("all_reduce", tensor)
+        if node is not None:
+            node.all_reduce(tensor.view(-1), op, deadline)
+            return
         small = tensor.is_cpu and 0 < tensor.nbytes <= DIRECT_BYTES and self._size <= DIRECT_RANKS
         if small and op == "sum" and tensor.dtype in DIRECT_DTYPES:
             self._sum_directly(tensor, deadline)
             return
         try:
-            _wait(self._of(tensor).allreduce([tensor], self._reduce_options[op]), deadline)
+            wait(self._of(tensor).allreduce([tensor], timed(self._reduce_options[op], deadline)), deadline)
         except RuntimeError as exc:
             if "Invalid scalar type" in str(exc):
                 raise TypeError(f"all_reduce: gloo does not reduce {tensor.dtype}; convert the tensor") from exc
@@ -146,29 +166,49 @@ class ProcessGroups:
         parts = [tensor if r == self._rank else torch.empty_like(tensor) for r in range(self._size)]
         works = [gloo.recv([_as_bytes(parts[r].view(-1))], r, SUM_TAG) for r in others]
         works += [gloo.send([_as_bytes(tensor.view(-1))], r, SUM_TAG) for r in others]
-        for work in works:
-            _wait(work, deadline)
+        wait_for_pairs(works, [*others, *others], deadline)
         total = parts[0] + parts[1]
         for part in parts[2:]:
             total += part
         tensor.copy_(total)
 
     def all_gather(self, gathered: torch.Tensor, part: torch.Tensor, deadline: Deadline) -> None:
-        _wait(self._of(part)._allgather_base(_as_bytes(gathered), _as_bytes(part)), deadline)
+        node = self._through_node("all_gather", part)
+        if node is not None:
+            node.all_gather(gathered, part, deadline)
+            return
+        options = timed(AllgatherOptions(), deadline)
+        wait(self._of(part)._allgather_base(_as_bytes(gathered), _as_bytes(part), options), deadline)
 
     def broadcast(self, tensor: torch.Tensor, src: int, deadline: Deadline) -> None:
-        options = BroadcastOptions()
+        node = self._through_node("broadcast", tensor)
+        if node is not None:
+            node.broadcast(tensor, src, deadline)
+            return
+        options = timed(BroadcastOptions(), deadline)
         options.rootRank = src
-        _wait(self._of(tensor).broadcast([_as_bytes(tensor)], options), deadline)
-
-    def send(self, tensor: torch.Tensor, dst: int, tag: int, deadline: Deadline) -> None:
-        _wait(self._of(tensor).send([_as_bytes(tensor)], dst, tag), deadline)
-
-    def recv(self, tensor: torch.Tensor, src: int, tag: int, deadline: Deadline) -> None:
-        _wait(self._of(tensor).recv([_as_bytes(tensor)], src, tag), deadline)
+        wait(self._of(tensor).broadcast([_as_bytes(tensor)], options), deadline)
 
     def barrier(self, deadline: Deadline) -> None:
-        _wait(self.gloo.barrier(), deadline)
+        if self.node is not None:
+            self.node.enter()
+            self.node.barrier(deadline)
+        else:
+            wait(self.gloo.barrier(timed(BarrierOptions(), deadline)), deadline)
+
+    def publish(self, frames: Sequence[Buffer], deadline: Deadline) -> None:
+        """An object's frames to all others, through queues."""
+        self.queues.publish(frames, self.all_gather, deadline)
+
+    def take(self, src: int, received: Received, deadline: Deadline) -> None:
+        """The next object that the member `src` has published."""
+        self.queues.take(src, received, self.all_gather, deadline)
+
+    def _through_node(self, operation: str, tensor: torch.Tensor) -> NodeExchange | None:
+        if self.node is None:
+            return None
+        self.node.enter()
+        return self.node if tensor.is_cpu and self.node.takes(operation, tensor.nbytes, tensor.dtype) else None
 
     def _of(self, tensor: torch.Tensor) -> Any:
         if tensor.is_cpu:
@@ -178,27 +218,19 @@ class ProcessGroups:
         return self.nccl
 
     def close(self) -> None:
-        """Drops the groups. Idempotent."""
+        """Drops the groups and closes the queues. Idempotent."""
+        self.queues.close()
+        self.forget_transfers()
+        if self.node is not None:
+            self.node.close()
         if self.nccl is not None:
             self.nccl.shutdown()
         self.cpu_group = self.device_group = self.gloo = self.nccl = None
 
 
-def _wait(work: Any, deadline: Deadline) -> None:
-    """Raises RuntimeError where the group is lost or the deadline comes; torch works on with the tensors in the latter
-    case, until the sockets are closed."""
-    left = deadline.remaining()
-    work.wait(*() if left is None else (timedelta(seconds=left),))
-
-
 def gpu_id(device: torch.device) -> str:
     """Tells the GPUs of all nodes apart; empty for the CPU."""
     return "" if device.type == "cpu" else str(torch.cuda.get_device_properties(device).uuid)
-
-
-def _as_bytes(flat: torch.Tensor) -> torch.Tensor:
-    """The same memory as uint8: gloo refuses to move dtypes that it cannot add."""
-    return flat.view(torch.uint8)
 
 
 def _reduce_options(op: Any) -> Any:

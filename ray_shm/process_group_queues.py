@@ -30,7 +30,9 @@ _SOME_HOST = "192.0.2.1"  # reserved for documentation: stands for "elsewhere", 
 
 
 @dataclass(frozen=True, slots=True)
-class _Probe:
+class Probe:
+    """A page that one rank shares, for the others to try to attach to, and its address."""
+
     ref: SegmentRef | None  # None: this rank will not write, or its platform has no shared memory
     ip: str
 
@@ -47,7 +49,7 @@ def make_one_writer(
     group.require_member(writer_rank, "writer_rank")
     writes = group.rank == writer_rank
     writer: QueueWriter | None = None
-    probes, attached = _try_out(group, writes and external is None, reads=True)
+    probes, attached = try_out(group, writes and external is None, reads=True)
     readers = [r for r in range(group.size) if r != writer_rank]
     local = [r for r in readers if attached[r][writer_rank]]
     remote = [r for r in readers if not attached[r][writer_rank]]
@@ -91,7 +93,7 @@ def make_one_reader(
     group = _Group(pg)
     group.require_member(reader_rank, "reader_rank")
     reads = group.rank == reader_rank
-    probes, attached = _try_out(group, True, reads)
+    probes, attached = try_out(group, True, reads)
     local = attached[reader_rank][group.rank]
     writer: QueueWriter | None = None
     own: Any
@@ -112,14 +114,21 @@ def make_one_reader(
     return writer, handles if reads else [], reads
 
 
-def _try_out(group: _Group, writes: bool, reads: bool) -> tuple[list[_Probe], list[list[bool]]]:
-    """Every rank's probe, and for every rank whose probes it can attach to."""
+def try_out(group: Gathering, writes: bool, reads: bool) -> tuple[list[Probe], list[list[bool]]]:
+    """Every rank's probe, and for every rank whose probes it can attach to.
+
+    Args:
+        writes, reads: what this rank will do; it has no probe, or tries none, otherwise.
+
+    Raises:
+        StartError: on every rank, where one has no memory for its probe.
+    """
     segment: Segment | None = None
     own: Any
     try:
         if writes and _is_supported():
             segment = Segment.create(mmap.PAGESIZE, "probe")
-        own = _Probe(segment.ref if segment else None, group.own_address())
+        own = Probe(segment.ref if segment else None, group.own_address())
     except StartError as exc:
         own = exc
     try:
@@ -130,27 +139,23 @@ def _try_out(group: _Group, writes: bool, reads: bool) -> tuple[list[_Probe], li
             segment.close()
 
 
-class _Group:
-    """What this file needs of a ProcessGroup (of WORLD or built without it) or a StatelessGroupCoordinator."""
+class Gathering:
+    """Members that all give a small value, and all get everybody's.
 
-    def __init__(self, pg: Any) -> None:
-        self._pg = getattr(pg, "cpu_group", pg)
-        self.rank: int = self._pg.rank()
-        self.size: int = self._pg.size()
+    Attributes:
+        rank: this member's, in the group. size: number of members.
+    """
 
-    def require_member(self, rank: int, role: str) -> None:
-        if not 0 <= rank < self.size:
-            raise ValueError(f"{role}={rank} is outside the process group: it has ranks 0 to {self.size - 1}")
+    rank: int
+    size: int
 
     def gather(self, own: Any) -> list[Any]:
         """Every rank's value, in rank order."""
-        gathered: list[Any] = [None] * self.size
-        try:
-            # The only collective on objects that takes a group without WORLD and names no rank.
-            dist.all_gather_object(gathered, own, group=self._pg)
-        except RuntimeError as exc:
-            raise StartError(f"rank {self.rank} cannot agree on a queue with its process group: {exc}") from exc
-        return gathered
+        raise NotImplementedError
+
+    def own_address(self) -> str:
+        """This host's address, as the other members reach it."""
+        raise NotImplementedError
 
     def gather_or_raise(self, own: Any) -> list[Any]:
         """As `gather`; where a rank's value is an exception, raise on every rank, naming those ranks."""
@@ -161,8 +166,30 @@ class _Group:
             raise StartError(f"no queue was made: {text}", failures)
         return gathered
 
+
+class _Group(Gathering):
+    """A ProcessGroup (of WORLD or built without it), or a StatelessGroupCoordinator."""
+
+    def __init__(self, pg: Any) -> None:
+        self._pg = getattr(pg, "cpu_group", pg)
+        self.rank = self._pg.rank()
+        self.size = self._pg.size()
+
+    def require_member(self, rank: int, role: str) -> None:
+        if not 0 <= rank < self.size:
+            raise ValueError(f"{role}={rank} is outside the process group: it has ranks 0 to {self.size - 1}")
+
+    def gather(self, own: Any) -> list[Any]:
+        gathered: list[Any] = [None] * self.size
+        try:
+            # The only collective on objects that takes a group without WORLD and names no rank.
+            dist.all_gather_object(gathered, own, group=self._pg)
+        except RuntimeError as exc:
+            raise StartError(f"rank {self.rank} cannot agree on a queue with its process group: {exc}") from exc
+        return gathered
+
     def own_address(self) -> str:
-        """This host's address towards the host of the group's store, else towards anywhere."""
+        """Towards the host of the group's store, else towards anywhere."""
         return route_to(self._store_host() or _SOME_HOST)
 
     def _store_host(self) -> str | None:

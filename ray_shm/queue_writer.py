@@ -199,6 +199,17 @@ class QueueWriter(QueueEnd):
             except PeerLostError as exc:
                 self._lose(exc)
 
+    def require_readers(self) -> None:
+        """Look for local readers that are gone; `send` itself does so only once it has to wait for them.
+
+        Raises:
+            PeerLostError: a reader's process is gone, or it closed its end. QueueClosedError: this end was closed.
+        """
+        with self._lock:
+            self._require_open()
+            if self._dead or self._has_left():
+                self._require_readers()
+
     def drop(self, rank: int) -> None:
         """Go on without `rank`, whose process is gone. Takes no lock: a sender may hold it, waiting for `rank`."""
         if rank in self._local_ranks and self._shm is not None:
@@ -306,6 +317,10 @@ class QueueWriter(QueueEnd):
         if self._shm is None:
             return []
         return [r for i, r in self._live_local() if self._shm.ring.state(i) == ring.ABSENT]
+
+    def _has_left(self) -> bool:
+        shm = self._shm
+        return shm is not None and any(shm.ring.state(i) == ring.LEFT for i in range(len(self._local_ranks)))
 
     def _wait(self, ready: Callable[[], bool], deadline: Deadline, on_wait: Callable[[], object] | None = None) -> bool:
         shm = self._shm

@@ -5,7 +5,7 @@ Runs in every worker. Imports torch: only `connection` imports this module, at t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.distributed import Store
 
 from ray_shm.deadline import Deadline
 from ray_shm.errors import StartError
+from ray_shm.member_process import MemberProcess
 from ray_shm.membership import Membership
 from ray_shm.release import Release
 from ray_shm.store import first_line
@@ -75,8 +76,10 @@ class Rendezvous:
         store: under a prefix that no other group and no earlier epoch used.
         label: the group in words, for errors.
         bind_host: this rank's own address, on which gloo listens; unset, gloo would resolve the host name.
-        timeout: seconds, for the meeting and for every collective after it.
+        timeout: seconds, for every collective after the meeting that says nothing else.
         release: ends the meeting, and every collective after it.
+        within: seconds for the meeting, where it has fewer than a collective.
+        processes: those of the members, by rank in the group, once `agree` has returned.
     """
 
     store: MeetingStore
@@ -85,6 +88,12 @@ class Rendezvous:
     bind_host: str
     timeout: float
     release: Release
+    within: float | None = None
+    processes: dict[int, MemberProcess] = field(default_factory=dict)
+
+    @property
+    def meeting_timeout(self) -> float:
+        return self.timeout if self.within is None else self.within
 
     def agree(self, backend: str) -> str:
         """Waits for all members; returns the backend that all use.
@@ -101,12 +110,14 @@ class Rendezvous:
         own = self.members.rank_in_group
         if self.store.add(f"arrivals/{own}", 1) > 1:
             raise StartError(f"{self.label} was formed before on this store; form it again under the next epoch")
-        self.store.set(keys[own], backend)
+        self.store.set(keys[own], f"{backend}\n{MemberProcess.own().text}")
         try:
-            self.store.wait(keys, timedelta(seconds=self.timeout))
+            self.store.wait(keys, timedelta(seconds=self.meeting_timeout))
         except RuntimeError as exc:
             raise StartError(self._absent(keys, exc)) from exc
-        return self._common([self.store.get(key).decode() for key in keys])
+        told = [self.store.get(key).decode().partition("\n") for key in keys]
+        self.processes.update({rank: MemberProcess.parse(process) for rank, (_, _, process) in enumerate(told)})
+        return self._common([wanted for wanted, _, _ in told])
 
     def _absent(self, keys: list[str], exc: RuntimeError) -> str:
         try:
@@ -114,7 +125,7 @@ class Rendezvous:
         except RuntimeError:
             return f"{self.label} could not be formed: its store is gone ({first_line(exc)}). Is its process alive?"
         return (
-            f"{self.label} could not be formed: global ranks {absent} did not come within {self.timeout} s. "
+            f"{self.label} could not be formed: global ranks {absent} did not come within {self.meeting_timeout} s. "
             "Every member has to form the group (a lazy one: to use it), in the same order as its other groups"
         )
 

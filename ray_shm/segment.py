@@ -10,6 +10,7 @@ belongs to whoever created the segment. What this file does not do: synchronise 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -28,6 +29,7 @@ NAME = "ray_shm"
 _MAGIC = b"RAYSHM\x00\x01"
 _HEADER = struct.Struct("<8sIIQ16s")
 _CACHE_ROWS = ("inactive_file", "active_file")  # of memory.stat; cgroup v1 has them with total_ in front, too
+_MADV_POPULATE_WRITE = 23
 _ALWAYS_FREE = 64 << 20  # bytes that a reservation leaves to the rest of the machine
 
 
@@ -72,27 +74,29 @@ class Segment:
             self._drop.atexit = False
 
     @classmethod
-    def create(cls, size: int, purpose: str, growable: bool = False) -> Segment:
+    def create(cls, size: int, purpose: str, growable: bool = False, reserved: int | None = None) -> Segment:
         """Make and reserve `size` bytes (rounded up to pages). `purpose` shows in /proc/<pid>/maps.
 
         `growable`: the owner may add ranges behind them, which others reach through `fd`.
+        `reserved`: reserve only so many; who writes behind them sees to it that there is memory, see `populate`.
 
         Raises:
             StartError: the machine or a memory cgroup has less left than that; nothing remains.
         """
         size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-        require_memory(size, purpose)
+        reserved = size if reserved is None else reserved
+        require_memory(reserved, purpose)
         fd = -1
         try:
             fd = os.memfd_create(f"{NAME}:{purpose}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(fd, size)
-            os.posix_fallocate(fd, 0, size)
+            os.posix_fallocate(fd, 0, reserved)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _seals(growable))
             mapping = mmap.mmap(fd, size)
         except OSError as exc:
             if fd >= 0:
                 os.close(fd)
-            raise StartError(f"cannot reserve {size} bytes of shared memory for {purpose}: {exc}") from exc
+            raise StartError(f"cannot reserve {reserved} bytes of shared memory for {purpose}: {exc}") from exc
         nonce = secrets.token_bytes(16)
         mapping[: _HEADER.size] = _HEADER.pack(_MAGIC, LAYOUT_VERSION, mmap.PAGESIZE, size, nonce)
         ref = SegmentRef(os.getpid(), fd, size, nonce, boot_id(), start_time(os.getpid()), growable)
@@ -113,6 +117,19 @@ class Segment:
                 "It is on another host or in another container, belongs to another user, or is gone."
             ) from exc
         return cls(mapping, ref, fd)
+
+    def populate(self, start: int, end: int, purpose: str) -> None:
+        """Take the memory of bytes `start` to `end` (multiples of a page) that were not reserved.
+
+        Raises:
+            StartError: there is not enough. A write there would end the process.
+        """
+        require_memory(end - start, purpose)
+        try:
+            self.mapping.madvise(_MADV_POPULATE_WRITE, start, end - start)
+        except OSError as exc:
+            if exc.errno != errno.EINVAL:  # a kernel before 5.14 takes it at the first write
+                raise StartError(f"cannot take {end - start} bytes of shared memory for {purpose}: {exc}") from exc
 
     def close(self) -> None:
         """Close the descriptor and drop the mapping once nothing uses it. Idempotent."""

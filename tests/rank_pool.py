@@ -1,4 +1,4 @@
-"""Three spawned processes that run checks on command, each with its end of one coordinator store.
+"""Three or four spawned processes that run checks on command, each with its end of one coordinator store.
 
 Torch takes seconds to import, so a module's tests share a pool: a check is a function of the test module that runs on
 all ranks at once, `check(me, *args)`, and whose result or traceback comes back.
@@ -28,24 +28,24 @@ LOOPBACK = "127.0.77.1"  # nobody else binds here, so a port that was free stays
 class Rank:
     """What a check gets: its rank, the shared store, and a place to keep things for the next check."""
 
-    def __init__(self, rank: int, store: GroupStore) -> None:
-        self.rank, self.store = rank, store
+    def __init__(self, rank: int, store: GroupStore, size: int) -> None:
+        self.rank, self.store, self.size = rank, store, size
         self.kept: dict[str, Any] = {}
 
     def group(self, name: str, ranks: list[list[int]] = WORLD, **kwargs: Any) -> StatelessGroupCoordinator:
-        kwargs = {"coord_store": self.store, "timeout": WATCHDOG, **kwargs}
+        kwargs = {"coord_store": self.store, "timeout": WATCHDOG, "global_world_size": self.size, **kwargs}
         return StatelessGroupCoordinator(
-            ranks, self.rank, "gloo", False, group_name=name, global_rank=self.rank, global_world_size=3, **kwargs
+            ranks, self.rank, "gloo", False, group_name=name, global_rank=self.rank, **kwargs
         )
 
 
-def serve_checks(rank: int, listener: socket.socket, port: int, pipe: Any) -> None:
+def serve_checks(rank: int, listener: socket.socket, port: int, pipe: Any, size: int = 3) -> None:
     if rank == 0:
         store = GroupStore.serve(listener, WATCHDOG)
     else:
         listener.close()
         store = GroupStore.connect("127.0.0.1", port, WATCHDOG)
-    me = Rank(rank, store)
+    me = Rank(rank, store, size)
     while (message := pipe.recv()) is not None:
         check, args = message
         try:
@@ -55,14 +55,15 @@ def serve_checks(rank: int, listener: socket.socket, port: int, pipe: Any) -> No
 
 
 class Pool:
-    def __init__(self) -> None:
+    def __init__(self, size: int = 3) -> None:
+        self.ranks = tuple(range(size))
         spawn = mp.get_context("spawn")
         listener = socket.create_server(("127.0.0.1", 0))
         self.pipes, self.processes = [], []
-        for rank in range(3):
+        for rank in self.ranks:
             here, there = spawn.Pipe()
             process = spawn.Process(
-                target=serve_checks, args=(rank, listener, listener.getsockname()[1], there), daemon=True
+                target=serve_checks, args=(rank, listener, listener.getsockname()[1], there, size), daemon=True
             )
             process.start()
             there.close()
@@ -70,8 +71,8 @@ class Pool:
             self.processes.append(process)
         self.listener = listener
 
-    def start(self, check: Callable[..., Any], *args: Any, ranks: tuple[int, ...] = (0, 1, 2)) -> None:
-        for rank in ranks:
+    def start(self, check: Callable[..., Any], *args: Any, ranks: tuple[int, ...] | None = None) -> None:
+        for rank in self.ranks if ranks is None else ranks:
             self.pipes[rank].send((check, args))
 
     def result(self, rank: int) -> Any:
@@ -82,9 +83,9 @@ class Pool:
             pytest.fail(f"rank {rank}:\n{value}")
         return value
 
-    def run(self, check: Callable[..., Any], *args: Any, ranks: tuple[int, ...] = (0, 1, 2)) -> list[Any]:
+    def run(self, check: Callable[..., Any], *args: Any, ranks: tuple[int, ...] | None = None) -> list[Any]:
         self.start(check, *args, ranks=ranks)
-        return [self.result(rank) for rank in ranks]
+        return [self.result(rank) for rank in (self.ranks if ranks is None else ranks)]
 
     def close(self) -> list[int | None]:
         for pipe, process in zip(self.pipes, self.processes, strict=True):

@@ -261,7 +261,6 @@ def test_bad_arguments_leave_the_group_usable(pool: Pool) -> None:
         ({"group_ports": []}, "has to end with the port"),
         ({"group_ports": [[0]]}, "1 to 65535"),
         ({"torch_distributed_backend": "mpi"}, "'mpi' is none of auto, gloo, nccl"),
-        ({"use_message_queue_broadcaster": True}, "pass False"),
         ({"timeout": 0}, "more than 0"),
     ],
 )

@@ -72,6 +72,9 @@ class Worker:
             raise ValueError("does not come")
         self.context.group().all_reduce(torch.ones(1))
 
+    def hear(self):
+        return self.context.group().broadcast_object(f"from {self.context.rank}", 1)
+
     def meet(self):
         import torch
 
@@ -179,14 +182,20 @@ def test_streams(group):
     assert group.collective_rpc("history", target_ranks=[1], timeout=HANG) == [["generator closed"]]
 
 
-def test_a_cancelled_collective_is_released(group):
-    future = group.collective_rpc("meet", non_block=True, target_ranks=[0])  # rank 1 does not come
+@pytest.mark.parametrize(
+    ("method", "operation", "results"),
+    [("meet", "all_reduce", [2.0, 2.0]), ("hear", "broadcast_object", ["from 1", "from 1"])],
+)
+def test_a_cancelled_collective_is_released(group, method, operation, results):
+    """Whether a signal interrupts the wait (in a queue) or not (in gloo)."""
+    assert group.collective_rpc(method, timeout=HANG) == results
+    future = group.collective_rpc(method, non_block=True, target_ranks=[0])  # rank 1 does not come
     deadline = time.monotonic() + HANG
-    while "all_reduce" not in group.status()[0].operation:
+    while operation not in group.status()[0].operation:
         assert time.monotonic() < deadline, str(group.status())
         time.sleep(0.01)
     assert future.cancel()
-    assert group.collective_rpc("meet", timeout=HANG) == [2.0, 2.0]
+    assert group.collective_rpc(method, timeout=HANG) == results
 
 
 def test_cancel_reaches_the_workers(group):
