@@ -202,8 +202,8 @@ class Replies:
     def _require_alive(self, call: Call) -> None:
         dead: dict[int, Exception] = {rank: self._dead[rank] for rank in call.targets if rank in self._dead}
         if dead:
-            late = [rank for rank in call.targets if rank not in dead]
-            raise RpcError(f"call {call.call_id} {call.method!r} was not sent", dead, late)
+            what = f"call {call.call_id} {call.method!r} was not sent to any rank; heal() replaces the dead"
+            raise RpcError(what, dead)
 
     def _tell_death(self, death: WorkerDiedError) -> None:
         for call in list(self._pending.values()):

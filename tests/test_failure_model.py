@@ -12,7 +12,7 @@
 |                                                          | with nobody looking, after timeouts and cancels         |
 | worker stuck                                             | test_crash_table.py (stopped); here: at work            |
 | driver or raylet killed                                  | test_lifecycle.py, test_launch.py                       |
-| node lost, network cut                                   | test_two_hosts.py                                       |
+| node lost, network cut                                   | test_two_ray_hosts.py (slow); queues: test_two_hosts.py |
 | memory too small                                         | test_queue_memory.py                                    |
 | stranger on a TCP port                                   | test_zmq_strangers.py                                   |
 
