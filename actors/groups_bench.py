@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray_shm.actors.bench_report import size_text
 from ray_shm.actors.bench_workers import WorkerPool
 from ray_shm.actors.groups_peers import GLOO, NCCL, OURS, OURS_CUDA, STORE, GroupsEnd, Place, Turn
 from ray_shm.actors.groups_report import TITLES, LeftOut, Report, make_rows
