@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import os
@@ -63,12 +64,31 @@ def no_leaks() -> Iterator[None]:
         pytest.fail("the test left behind:\n  " + "\n  ".join(left), pytrace=False)
 
 
-@pytest.fixture(scope="module")
-def ray_local() -> Iterator[None]:
-    """A real Ray on this machine with 8 CPUs and 8 GPUs, which Ray takes on trust, one for each module.
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules that share `ray_local` come last: it runs from the first of them to the end."""
+    sharing = {item.path for item in items if "ray_local" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: item.path in sharing)
 
-    A module that makes its own cluster does not use this fixture: Ray never outlives a module.
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """A real Ray on this machine with 8 CPUs and 8 GPUs, which Ray takes on trust: one for all modules that use it.
+
+    A module that makes its own cluster does not use this fixture: that never outlives the module.
     """
+    with _local_ray():
+        yield
+
+
+@pytest.fixture(scope="module")
+def own_ray() -> Iterator[None]:
+    """The same for one module alone, which may shut it down."""
+    with _local_ray():
+        yield
+
+
+@contextlib.contextmanager
+def _local_ray() -> Iterator[None]:
     import ray
 
     if ray.is_initialized():

@@ -292,14 +292,14 @@ class Watched:
 
 
 @pytest.fixture
-def watched(ray_local: None, request: pytest.FixtureRequest) -> Iterator[Watched]:
+def watched(own_ray: None, request: pytest.FixtureRequest) -> Iterator[Watched]:
     made = Watched(words=getattr(request, "param", True))
     yield made
     made.close()
 
 
 @pytest.fixture(scope="module")
-def sleeper(ray_local: None) -> Iterator[tuple[WorkerPlace, Any]]:
+def sleeper(own_ray: None) -> Iterator[tuple[WorkerPlace, Any]]:
     """Place of an actor that lives, and the reference of its `run`."""
     actor = ray.remote(num_cpus=0)(Blocking).remote()
     place = ray.get(actor.place.remote(None, 0), timeout=WATCHDOG)
