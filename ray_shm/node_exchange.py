@@ -43,7 +43,7 @@ from ray_shm.segment import Segment, SegmentRef, pid_space
 REDUCE_BYTES = 1 << 20  # of each rank's tensor
 GATHER_BYTES = 1 << 20
 BROADCAST_BYTES = 1 << 20
-AT_ONCE_BYTES = 32 << 10
+AT_ONCE_BYTES = 128 << 10
 REDUCED = (
     torch.float32,
     torch.float64,
