@@ -178,10 +178,12 @@ def _of_torch(operation: str, group: Any, load: _Load) -> Call:
     gathered = torch.zeros(load.size * len(load.tensor), device=load.device)
     places = list(gathered.chunk(load.size)) if load.rank == 0 else None
     part = torch.zeros(len(load.split) // load.size, device=load.device)
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the newer torch's names come first
+    scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
     calls: dict[str, Call] = {
         "all_reduce": lambda: dist.all_reduce(load.tensor, group=group),
-        "all_gather": lambda: dist.all_gather_into_tensor(gathered, load.tensor, group=group),
-        "reduce_scatter": lambda: dist.reduce_scatter_tensor(part, load.split, group=group),
+        "all_gather": lambda: gather(gathered, load.tensor, group=group),
+        "reduce_scatter": lambda: scatter(part, load.split, group=group),
         "broadcast": lambda: dist.broadcast(load.tensor, 0, group=group),
         "gather": lambda: dist.gather(load.tensor, places, 0, group=group),
         "barrier": lambda: dist.barrier(group=group),

