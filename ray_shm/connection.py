@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ray_shm.process_group import ProcessGroups
 
 BACKENDS = ("auto", "gloo", "nccl")
-_OUTCOME = 1.0  # seconds in which a forming that ran out of time says why
+_OUTCOME = 5.0  # seconds in which a forming that ran out of time says why; the store's client takes one of them
 REDUCE_OPS = ("sum", "product", "min", "max")
 # Gloo matches messages by (source, destination, tag); 2 is process_group.SUM_TAG.
 TENSOR_TAG, OBJECT_TAG, DICT_TAG, PART_TAG = 0, 1, 3, 4
