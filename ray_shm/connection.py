@@ -2,8 +2,8 @@
 
 Runs in every worker.
 
-    (made) ── connect ──► connected ── close ──► ended (GroupClosedError), for good
-       │         │            ├─── a peer is gone or late ──► ended (PeerLostError)
+    (made) ─┬ connect ┬─► connected ── close ──► ended (GroupClosedError), for good
+       │    └ begin ┄─┘       ├─── a peer is gone or late ──► ended (PeerLostError)
        │         └────────────┴─── release, by another thread ──► ended (PeerLostError)
        └── no store, members absent ──► ended (StartError)          └── reform, next epoch ──► (made)
 
@@ -80,6 +80,7 @@ class GroupConnection:
         self._connecting = threading.Lock()
         self._ending = threading.Lock()  # held for a few instructions: `release` never waits for the owner's thread
         self._release = Release()
+        self._begun: Formation[_Formed] | None = None  # by `begin`, which did not wait for its end
         self._ended: RayShmError | None = None
         self._released_for: str | None = None  # the reason, if `release` was what ended it
         self._dropped: ProcessGroups | None = None  # after a release, until the owner's thread is out of them
@@ -116,9 +117,25 @@ class GroupConnection:
                 raise self._again(operation)
             outer, self.operation = self.operation, self.operation or operation
             try:
-                return self._connect(self.operation, self._timeout if timeout is None else timeout)
+                groups: ProcessGroups = self._connect(self.operation, self._timeout if timeout is None else timeout)
             finally:
                 self.operation = outer
+            return groups
+
+    def begin(self, patience: float | None) -> None:
+        """Connects, but waits `patience` seconds at the longest: it then goes on, and the first operation waits for it.
+
+        Members that begin several groups in different orders would otherwise wait for each other.
+
+        Raises:
+            As `connect`.
+        """
+        with self._connecting:
+            self.operation = "connect"
+            try:
+                self._connect("connect", self._timeout, patience)
+            finally:
+                self.operation = None
 
     def run(self, operation: str, primitive: str, *args: Any, timeout: float | None = None) -> None:
         """Runs the primitive of `ProcessGroups`; `operation` names it in the error, and to other threads meanwhile.
@@ -256,6 +273,9 @@ class GroupConnection:
         self._dropped, self.groups = self.groups or self._dropped, None
 
     def _drop(self) -> None:
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            begun.leave()
         dropped, self._dropped = self._dropped, None
         if dropped is not None:
             dropped.close()
@@ -269,10 +289,15 @@ class GroupConnection:
 
     # Forming: what may wait runs on a thread of its own, see formation.py
 
-    def _connect(self, operation: str, seconds: float) -> ProcessGroups:
+    def _connect(self, operation: str, seconds: float, patience: float | None = None) -> Any:
+        """The process groups; None if they are not formed after `patience` seconds, but `seconds` are not over."""
         release = self._release
         try:
-            formed = Formation(self._formation(release, seconds), release).result(seconds + _OUTCOME)
+            begun = self._begun = self._begun or Formation(self._formation(release, seconds), release)
+            if patience is not None and not begun.over(patience):
+                return None
+            self._begun = None
+            formed = begun.result(seconds + _OUTCOME)
         except StartError as exc:
             release.request()  # what was left behind, if anything
             first = self._end(StartError(str(exc)))

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
 
 
+_PATIENCE = 1.0  # seconds that a constructor waits for other members, if the timeout is longer than
+_SHORT = 5.0
+
+
 class StatelessGroupCoordinator(TensorCollectives, ObjectCollectives, PointToPoint):
     """One group of ranks that exchange tensors and objects. Every member constructs it, with the same arguments.
 
@@ -76,7 +80,10 @@ class StatelessGroupCoordinator(TensorCollectives, ObjectCollectives, PointToPoi
     Raises:
         ValueError: the arguments contradict each other, or this rank is in no list.
         StartError: the store or a member could not be reached in time, the port is taken, or this group and epoch
-            were formed before on the store. Nothing remains. A lazy group raises it from its first operation.
+            were formed before on the store. Nothing remains. The constructor waits a second for the other members (to
+            the end, if `timeout` is 5 s or less); then the group goes on forming, and its first operation waits for
+            that and raises this error. So members may construct several groups in different orders, or from several
+            threads. A lazy group raises it from its first operation, too.
     """
 
     def __init__(
@@ -123,7 +130,7 @@ class StatelessGroupCoordinator(TensorCollectives, ObjectCollectives, PointToPoi
             reason_wait=reason_wait,
         )
         if not lazy:
-            self._link.connect()
+            self._link.begin(None if timeout <= _SHORT else _PATIENCE)
 
     @property
     def unique_name(self) -> str:

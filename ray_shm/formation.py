@@ -35,6 +35,19 @@ class Formation(Generic[T]):
         release.on_request(self._woken.set)
         threading.Thread(target=self._run, name="ray-shm-formation", daemon=True).start()
 
+    def over(self, seconds: float) -> bool:
+        """Waits that long; whether it has come to an end, or was released."""
+        return self._woken.wait(seconds)
+
+    def leave(self) -> None:
+        """Nobody will ask for the result: ends the waits of `form`, and closes what it returned or will return."""
+        with self._lock:
+            self._left = True
+            formed, self._formed = self._formed, None
+        self._release.request()
+        if formed is not None:
+            formed.close()
+
     def result(self, timeout: float) -> T | None:
         """What `form` returned, or None after a release.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from rank_pool import LOOPBACK, WATCHDOG, WORLD, Pool, Rank, free_port, growth, open_handles
 
 from ray_shm.coordinator import StatelessGroupCoordinator
-from ray_shm.errors import GroupClosedError, RemoteError, StartError
+from ray_shm.errors import GroupClosedError, PeerLostError, RemoteError, StartError
 from ray_shm.store import GroupStore
 
 
@@ -23,78 +25,7 @@ def pool() -> Iterator[Pool]:
     assert pool.close() == [0, 0, 0]
 
 
-# Tensors
-
-
-SHAPES = [(576,), (2, 3), (4, 1, 5), (), (0,), (3, 0)]
-REDUCTIONS = {"sum": np.add, "product": np.multiply, "min": np.minimum, "max": np.maximum}
-
-
-def values(rank: int, shape: tuple[int, ...], dtype: str = "float64") -> np.ndarray:
-    return np.random.default_rng([rank, *shape]).integers(1, 9, shape).astype(dtype)
-
-
-def check_tensors(me: Rank, name: str, ranks: list[list[int]]) -> None:
-    import torch
-
-    with me.group(name, ranks) as group:
-        everyone, own = group.ranks, group.rank_in_group
-        for shape in SHAPES:
-            tensor = torch.from_numpy(values(me.rank, shape))
-            parts = [values(r, shape) for r in everyone]
-            for op, reduction in REDUCTIONS.items():
-                expected = reduction.reduce(parts)
-                np.testing.assert_array_equal(group.all_reduce(tensor, op).numpy(), expected)
-            np.testing.assert_array_equal(tensor.numpy(), values(me.rank, shape))  # out of place
-            for dim in range(-max(1, len(shape)), max(1, len(shape))):
-                expected = np.concatenate([np.atleast_1d(p) for p in parts], axis=dim)
-                np.testing.assert_array_equal(group.all_gather(tensor, dim).numpy(), expected)
-            for src in range(group.world_size):
-                copy = tensor.clone()
-                assert group.broadcast(copy, src) is copy
-                np.testing.assert_array_equal(copy.numpy(), parts[src])
-        transposed = torch.from_numpy(values(me.rank, (5, 4))).t()
-        parts = [values(r, (5, 4)).T for r in everyone]
-        np.testing.assert_array_equal(group.all_reduce(transposed).numpy(), np.add.reduce(parts))
-        np.testing.assert_array_equal(group.all_gather(transposed, 0).numpy(), np.concatenate(parts, 0))
-        np.testing.assert_array_equal(group.broadcast(transposed, 0).numpy(), parts[0])
-        if group.world_size > 1:
-            ring = torch.from_numpy(values(me.rank, (7, 2))).t()
-            for sender in range(group.world_size):  # default neighbours, one sender after the other
-                if own == sender:
-                    group.send(ring)
-                if own == (sender + 1) % group.world_size:
-                    got = group.recv(torch.Size((2, 7)), torch.float64)
-                    np.testing.assert_array_equal(got.numpy(), values(group.prev_rank, (7, 2)).T)
-        group.barrier()
-
-
-@pytest.mark.parametrize("ranks", [[[0, 1, 2]], [[2, 0], [1]], [[0], [1, 2]]], ids=str)
-def test_tensors_equal_numpy(pool: Pool, ranks: list[list[int]]) -> None:
-    pool.run(check_tensors, f"tensors {ranks}", ranks)
-
-
-def check_dtypes(me: Rank) -> None:
-    import torch
-
-    moved = [torch.bool, torch.int16, torch.bfloat16, torch.complex64, torch.float8_e4m3fn, torch.uint16]
-    with me.group("dtypes") as group:
-        for dtype in moved:
-            parts = [torch.from_numpy(values(r, (6,))).to(dtype) for r in range(3)]
-            assert torch.equal(group.all_gather(parts[me.rank]).float(), torch.cat(parts).float()), dtype
-            assert torch.equal(group.broadcast(parts[me.rank].clone(), 1).float(), parts[1].float()), dtype
-        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.int64):
-            parts = [torch.from_numpy(values(r, (6,))).to(dtype) for r in range(3)]
-            assert torch.equal(group.all_reduce(parts[me.rank]), torch.stack(parts).sum(0, dtype=dtype)), dtype
-        with pytest.raises(TypeError, match="int16"):
-            group.all_reduce(torch.ones(3, dtype=torch.int16))
-        weight = torch.nn.Parameter(torch.ones(3))
-        assert group.all_reduce(weight).tolist() == [3.0, 3.0, 3.0]  # usable after the error
-        assert not group.all_reduce(weight).requires_grad
-
-
-def test_dtypes(pool: Pool) -> None:
-    pool.run(check_dtypes)
+# Several groups
 
 
 def check_overlapping(me: Rank) -> None:
@@ -119,6 +50,72 @@ def check_overlapping(me: Rank) -> None:
 
 def test_overlapping_groups_share_one_store(pool: Pool) -> None:
     pool.run(check_overlapping)
+
+
+def check_repeated_ranks(me: Rank) -> None:
+    """The same ranks twice, in another order, beside groups that contain them."""
+    import torch
+
+    layouts = {"a": WORLD, "b": WORLD, "turned": [[2, 1, 0]], "pair": [[0, 1], [2]], "pair again": [[1, 0], [2]]}
+    with contextlib.ExitStack() as stack:
+        groups = {name: stack.enter_context(me.group(f"repeated {name}", ranks)) for name, ranks in layouts.items()}
+        handles = []
+        for group in groups.values():  # all under way at the same time
+            sent = {"name": group.group_name, "rank": torch.tensor(me.rank)}
+            handles += group.isend_tensor_dict(sent, None) if group.world_size > 1 else []
+        for group in reversed(groups.values()):
+            got = group.recv_tensor_dict()
+            if group.world_size > 1:
+                assert got is not None
+                assert (got["name"], got["rank"].item()) == (group.group_name, group.prev_rank)
+        for handle in handles:
+            handle.wait()
+        for group in groups.values():
+            assert group.all_gather(torch.tensor(me.rank)).tolist() == group.ranks
+
+
+def test_groups_may_have_the_same_ranks(pool: Pool) -> None:
+    pool.run(check_repeated_ranks)
+
+
+LAYOUTS = [WORLD, [[1, 2], [0]], [[0, 2], [1]], [[2, 1, 0]], [[0, 1], [2]], WORLD]
+
+
+def check_orders(me: Rank) -> None:
+    """Each rank begins with another group; with plain blocking, all would wait for each other until the timeout."""
+    import torch
+
+    turned = [(turn + 2 * me.rank) % len(LAYOUTS) for turn in range(len(LAYOUTS))]
+    groups = {number: me.group(f"order {number}", LAYOUTS[number]) for number in turned}
+    for number in range(len(LAYOUTS)):
+        group = groups[number]
+        assert group.all_reduce(torch.full((1,), 10.0**me.rank)).item() == sum(10.0**r for r in group.ranks)
+        group.destroy()
+
+
+def test_members_may_construct_groups_in_different_orders(pool: Pool) -> None:
+    pool.run(check_orders)
+
+
+def check_threads(me: Rank) -> tuple[int, int]:
+    import torch
+
+    before = open_handles()
+    with ThreadPoolExecutor(len(LAYOUTS)) as threads:
+
+        def use(number: int) -> float:
+            with me.group(f"thread {number}", LAYOUTS[number]) as group:
+                return float(group.all_reduce(torch.full((1,), 10.0**me.rank)))
+
+        totals = list(threads.map(use, range(len(LAYOUTS))))
+    for total, layout in zip(totals, LAYOUTS, strict=True):
+        [ranks] = [ranks for ranks in layout if me.rank in ranks]
+        assert total == sum(10.0**r for r in ranks)
+    return growth(before)
+
+
+def test_groups_are_constructed_and_used_in_several_threads_at_once(pool: Pool) -> None:
+    assert pool.run(check_threads) == [(0, 0)] * 3
 
 
 def check_torch_takes_the_group(me: Rank) -> bool:
@@ -185,32 +182,73 @@ def test_objects(pool: Pool) -> None:
     pool.run(check_objects)
 
 
-def check_senders(me: Rank) -> None:
+def check_unpicklable_sent(me: Rank) -> None:
+    """To one member: it raises, too, and what is sent next arrives."""
     import torch
 
-    with me.group("senders") as group:
+    tensor = torch.ones(2, 3)
+    with me.group("unpicklable", [[0, 1], [2]]) as group:
         if me.rank == 0:
-            group.barrier()
-            for turn in range(5):  # the later sender first
-                assert group.recv_object(2) == ("from", 2, turn)
-                assert group.recv(torch.Size((3,)), torch.int64, src=2).tolist() == [2, turn, 0]
-                assert group.recv_object(1) == ("from", 1, turn)
-                assert group.recv(torch.Size((3,)), torch.int64, src=1).tolist() == [1, turn, 0]
-            with pytest.raises(RemoteError, match=r"rank 1 could not pickle .*not today"):
-                group.recv_object(1)
-        else:
-            group.barrier()
-            for turn in range(5):
-                group.send_object(("from", me.rank, turn), 0)
-                group.send(torch.tensor([me.rank, turn, 0]), 0)
-            if me.rank == 1:
+            with pytest.raises(TypeError, match="not today"):
+                group.send_object(Unpicklable(), 1)
+            for send in (group.send_tensor_dict, group.isend_tensor_dict):
                 with pytest.raises(TypeError, match="not today"):
-                    group.send_object(Unpicklable(), 0)
+                    send({"tensor": tensor, "bad": Unpicklable()})
+            group.send_tensor_dict({"tensor": tensor, "bad": Unloadable(), "more": tensor.t()})
+            group.send_tensor_dict({"tensor": tensor})
+        elif me.rank == 1:
+            with pytest.raises(RemoteError, match=r"rank 0 could not pickle .*not today"):
+                group.recv_object(0)
+            for _ in range(2):
+                with pytest.raises(RemoteError, match=r"rank 0 could not send .*not today"):
+                    group.recv_tensor_dict()
+            with pytest.raises(LookupError, match="cannot be loaded"):
+                group.recv_tensor_dict()
+            assert torch.equal(group.recv_tensor_dict()["tensor"], tensor)
+
+
+def test_what_cannot_be_pickled_raises_at_both_ends(pool: Pool) -> None:
+    pool.run(check_unpicklable_sent)
+
+
+# Handles
+
+
+def check_handles_of_an_ended_group(me: Rank) -> tuple[int, int]:
+    import torch
+
+    much, other = {"tensor": torch.ones(1 << 20)}, 1 - me.rank  # starts torch's own threads, which stay
+    before = open_handles()
+    group, control = me.group("handles", [[0, 1]]), me.group("control of handles", [[0, 1]])
+    [handle] = group.isend_tensor_dict(much, other)  # nobody takes it
+    control.barrier()
+    group.release("rank 7 is away")
+    for _ in range(2):
+        with pytest.raises(PeerLostError, match=r"isend_tensor_dict in .* rank 7 is away"):
+            handle.wait()
+    control.barrier()
+    group.reform(1)
+    with pytest.raises(PeerLostError, match=r"'handles/0/0'.* was not waited for before .*'handles/1/0'"):
+        handle.wait()
+    handles = [handle for turn in range(2) for handle in group.isend_tensor_dict({"turn": turn}, other)]
+    if me.rank == 0:
+        assert group.recv_tensor_dict() == {"turn": 0}
+        with pytest.raises(PeerLostError, match=r"recv_object failed .* later than 0\.2 s"):
+            group.recv_object(other, timeout=0.2)
+    with pytest.raises(PeerLostError, match="handles/1/0"):
+        handles[1].wait()  # rank 0 gave up, so the group has ended on both
+    with pytest.raises(PeerLostError):
         group.barrier()
+    group.destroy()
+    with pytest.raises(GroupClosedError):
+        handles[1].wait()
+    control.barrier()
+    control.destroy()
+    return growth(before)
 
 
-def test_two_senders_to_one_receiver_do_not_mix(pool: Pool) -> None:
-    pool.run(check_senders)
+def test_handles_of_a_group_that_has_ended_raise_and_hold_up_nothing(pool: Pool) -> None:
+    assert pool.run(check_handles_of_an_ended_group, ranks=(0, 1)) == [(0, 0)] * 2
 
 
 # Arguments
@@ -225,7 +263,12 @@ def check_bad_arguments(me: Rank) -> None:
             lambda r: group.broadcast(tensor, r),
             lambda r: group.broadcast_object(1, r),
             lambda r: group.broadcast_object_list([1], r),
+            lambda r: group.gather(tensor, r),
             lambda r: group.send(tensor, r),
+            lambda r: group.send_tensor_dict({}, r),
+            lambda r: group.isend_tensor_dict({}, r),
+            lambda r: group.recv_tensor_dict(r),
+            lambda r: group.irecv_tensor_dict(r),
             lambda r: group.recv(tensor.shape, tensor.dtype, r),
             lambda r: group.send_object(1, r),
             lambda r: group.recv_object(r),
@@ -234,13 +277,37 @@ def check_bad_arguments(me: Rank) -> None:
             for rank in (3, -1):
                 with pytest.raises(ValueError, match="outside the group"):
                     operation(rank)
-        for operation in outside[3:]:
+        for operation in outside[4:]:
             with pytest.raises(ValueError, match="this rank itself"):
                 operation(me.rank)
         with pytest.raises(ValueError, match="op='mean' is none of sum, product, min, max"):
             group.all_reduce(tensor, "mean")
-        with pytest.raises(ValueError, match="dim=2"):
-            group.all_gather(tensor, 2)
+        for operation in (
+            lambda: group.all_gather(tensor, 2),
+            lambda: group.gather(tensor, 0, 2),
+            lambda: group.all_gatherv(tensor, 2),
+            lambda: group.reduce_scatter(tensor, 2),
+            lambda: group.reduce_scatterv(tensor, 2, [1, 1, 1]),
+        ):
+            with pytest.raises(ValueError, match="dim=2"):
+                operation()
+        with pytest.raises(ValueError, match="dim=0, but the tensor has shape"):
+            group.reduce_scatter(torch.tensor(1.0), 0)
+        with pytest.raises(ValueError, match=r"dimension 0 of .* cannot be divided among 3 members"):
+            group.reduce_scatter(tensor, 0)
+        for sizes, text in [([1, 2], "a size for each of 3"), ([3, 1, -1], "a size for each"), ([1, 1, 2], "up to 4")]:
+            with pytest.raises(ValueError, match=text):
+                group.reduce_scatterv(tensor, 1, sizes)
+        with pytest.raises(ValueError, match=r"says 4 for this rank, .* has size 3"):
+            group.all_gatherv(tensor, 1, [4, 4, 4])
+        for operation in (group.all_reduce, group.all_gather, group.gather, group.all_gatherv, group.broadcast):
+            for wrong, text in [(np.ones(3), "not ndarray"), (tensor.to_sparse(), "sparse")]:
+                with pytest.raises(TypeError, match=text):
+                    operation(wrong)
+        with pytest.raises(TypeError, match="not list"):
+            group.send_tensor_dict([tensor], (me.rank + 1) % 3)
+        with pytest.raises(ValueError, match="more than 0"):
+            group.barrier(timeout=0)
         with pytest.raises(ValueError, match="CPU tensors; the tensor is on meta"):
             group.all_reduce(tensor.to("meta"))
         assert group.all_reduce(tensor).sum().item() == 18.0  # usable

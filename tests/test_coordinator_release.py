@@ -382,8 +382,8 @@ def check_own_connections(me: Rank) -> None:
     stop.set()
     thread.join()
     connect()
-    groups = group._link.groups, other._link.groups
-    assert [len(g.sockets) for g in groups if g is not None] == [2, 2]  # one connection to each peer
+    groups = group._link.connect(), other._link.connect()
+    assert [len(g.sockets) for g in groups] == [2, 2]  # one connection to each peer
     assert total(group) == total(other) == 111.0
     group.release(REASON)
     assert total(other) == 111.0
