@@ -111,7 +111,10 @@ class PointToPoint(Member):
                 f"recv: rank {self.ranks[peer]} sent {nbytes} bytes{other}, which is not size={tuple(tensor.shape)}, "
                 f"dtype={dtype} ({tensor.nbytes} bytes). They are dropped; give size and dtype as sent"
             )
-        return tensor.cuda() if from_gpu and torch.cuda.is_available() else tensor
+        if not from_gpu or not torch.cuda.is_available():
+            return tensor
+        own = self._link.device()
+        return tensor.to("cuda" if own.type == "cpu" else own)  # asked to run on gloo, it has none of its own
 
     def send_tensor_dict(
         self,

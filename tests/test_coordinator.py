@@ -304,7 +304,7 @@ def check_bad_arguments(me: Rank) -> None:
             for wrong, text in [(np.ones(3), "not ndarray"), (tensor.to_sparse(), "sparse")]:
                 with pytest.raises(TypeError, match=text):
                     operation(wrong)
-        with pytest.raises(TypeError, match="not list"):
+        with pytest.raises(TypeError, match="is a list, not a dict"):
             group.send_tensor_dict([tensor], (me.rank + 1) % 3)
         with pytest.raises(ValueError, match="more than 0"):
             group.barrier(timeout=0)
