@@ -95,7 +95,6 @@ class TensorCollectives(Member):
             self._link.run("all_gather", "all_gather", gathered.view(-1), part.view(-1), timeout=timeout)
         return joined(gathered, dim)
 
-    @also_tensor
     def gather(
         self, input_: torch.Tensor, dst: int = 0, dim: int = -1, *, timeout: float | None = None
     ) -> torch.Tensor | None:
@@ -196,7 +195,6 @@ class TensorCollectives(Member):
         by_tensor: list[list[int]] = told.view(self.world_size, len(own)).t().tolist()
         return by_tensor
 
-    @also_tensor
     def reduce_scatter(self, input_: torch.Tensor, dim: int = -1, *, timeout: float | None = None) -> torch.Tensor:
         """This rank's share of the members' sum: the one at its place of `world_size` equal ones along `dim`.
 
@@ -220,7 +218,6 @@ class TensorCollectives(Member):
             )
         return self._reduce_scatter("reduce_scatter", input_, tensor, dim, [share] * self.world_size, timeout)
 
-    @also_tensor
     def reduce_scatterv(
         self,
         input_: torch.Tensor,

@@ -97,6 +97,26 @@ def test_members_may_construct_groups_in_different_orders(pool: Pool) -> None:
     pool.run(check_orders)
 
 
+def check_still_forming(me: Rank) -> tuple[int, int]:
+    """Rank 2 never comes: the constructors return, and what they left behind ends with the group."""
+    before = open_handles()
+    ended, abandoned = me.group("still forming"), me.group("abandoned while forming")
+    assert ended.operation is None
+    assert not ended.release("rank 2 is away")
+    with pytest.raises(PeerLostError, match="rank 2 is away"):
+        ended.barrier()
+    ended.reform(1)
+    for group in (ended, abandoned):
+        group.destroy()
+        with pytest.raises(GroupClosedError):
+            group.barrier()
+    return growth(before)
+
+
+def test_a_group_that_is_still_forming_is_ended(pool: Pool) -> None:
+    assert pool.run(check_still_forming, ranks=(0, 1)) == [(0, 0)] * 2
+
+
 def check_threads(me: Rank) -> tuple[int, int]:
     import torch
 

@@ -103,6 +103,8 @@ OPERATIONS: dict[str, Callable[[StatelessGroupCoordinator], Any]] = {
     "all_reduce of much": lambda group: total(group, 1 << 20),  # another algorithm
     "barrier": lambda group: group.barrier(),
     "all_gather": lambda group: group.all_gather(__import__("torch").ones(4)),
+    "reduce_scatter": lambda group: group.reduce_scatter(__import__("torch").ones(3)),
+    "irecv_tensor_dict": lambda group: group.recv_tensor_dict(2),
     "broadcast_object": lambda group: group.broadcast_object(None, 2),
     "recv_object": lambda group: group.recv_object(2),
     "recv": lambda group: group.recv(__import__("torch").Size([4]), __import__("torch").float32, 2),
@@ -430,9 +432,12 @@ def check_many_cycles(me: Rank, cycles: int) -> tuple[int, int]:
         if epoch % 2 or me.rank == 2:
             group.release(REASON)
         else:
-            thread = alongside(lambda: (wait_until(lambda: group.operation is not None), group.release(REASON)))
+            over = threading.Event()  # rank 2 may have ended the operation before this thread could see it
+            inside = partial(lambda over: over.is_set() or group.operation is not None, over)
+            thread = alongside(lambda inside=inside: (wait_until(inside), group.release(REASON)))
             with pytest.raises(PeerLostError):
                 group.recv_object(2)
+            over.set()
             thread.join()
         group.reform(epoch)
     assert total(group) == 111.0

@@ -157,3 +157,27 @@ def test_a_pulled_cable_is_a_death_that_heals_once_the_node_is_back(
     assert now[1][0] == there.ip
     assert now[1][1] != places[1][1]
     here.run(close)
+
+
+def conform(me: Me, address: str, ip: str) -> list[str]:
+    """Runs every check of a coordinator group on two workers of each host."""
+    import ray
+    from test_conformance import LAYOUTS, SIZES
+    from test_conformance import Worker as ConformingWorker
+
+    import ray_shm
+
+    ray.init(address=address, _node_ip_address=ip, log_to_driver=False)
+    try:
+        with ray_shm.launch(ConformingWorker, num_workers=4, cpus_per_worker=1, groups=LAYOUTS) as group:
+            for size in SIZES:
+                group.collective_rpc("run_all", args=(size,), timeout=HANG)
+            group.collective_rpc("run_parts", timeout=HANG)
+            return [worker.node_ip for worker in group.workers]
+    finally:
+        ray.shutdown()
+
+
+def test_coordinator_groups_across_the_hosts(hosts: tuple[Host, Host]) -> None:
+    here, there = hosts
+    assert here.run(conform, f"{here.ip}:6399", here.ip) == [here.ip, here.ip, there.ip, there.ip]
