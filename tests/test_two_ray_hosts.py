@@ -159,25 +159,25 @@ def test_a_pulled_cable_is_a_death_that_heals_once_the_node_is_back(
     here.run(close)
 
 
-def conform(me: Me, address: str, ip: str) -> list[str]:
-    """Runs every check of a coordinator group on two workers of each host."""
+def launch_groups(me: Me, address: str, ip: str) -> list[str]:
+    """Two workers on each host, in coordinator groups."""
     import ray
-    from test_conformance import LAYOUTS, SIZES
-    from test_conformance import Worker as ConformingWorker
+    import test_conformance
 
     import ray_shm
 
     ray.init(address=address, _node_ip_address=ip, log_to_driver=False)
-    try:
-        with ray_shm.launch(ConformingWorker, num_workers=4, cpus_per_worker=1, groups=LAYOUTS) as group:
-            for size in SIZES:
-                group.collective_rpc("run_all", args=(size,), timeout=HANG)
-            group.collective_rpc("run_parts", timeout=HANG)
-            return [worker.node_ip for worker in group.workers]
-    finally:
-        ray.shutdown()
+    group = ray_shm.launch(
+        test_conformance.Worker, num_workers=4, cpus_per_worker=1, groups=test_conformance.LAYOUTS, start_timeout=50.0
+    )
+    me.kept.append(group)
+    return [worker.node_ip for worker in group.workers]
 
 
 def test_coordinator_groups_across_the_hosts(hosts: tuple[Host, Host]) -> None:
     here, there = hosts
-    assert here.run(conform, f"{here.ip}:6399", here.ip) == [here.ip, here.ip, there.ip, there.ip]
+    assert here.run(launch_groups, f"{here.ip}:6399", here.ip) == [here.ip, here.ip, there.ip, there.ip]
+    for size in ("1", "2", "3", "4"):
+        here.run(call, "run_all", size)
+    here.run(call, "run_parts")
+    here.run(close)
