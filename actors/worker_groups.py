@@ -53,7 +53,9 @@ class WorkerGroups(Mapping[str, StatelessGroupCoordinator]):
         self.plans = {**plans, WORLD: self._world}
         for name, plan in plans.items():
             if self._rank in plan.members:
-                self._groups[name] = self._make(name, plan, epoch, lazy)
+                group = self._groups[name] = self._make(name, plan, epoch, True)
+                if not lazy:
+                    _ = group.cpu_group  # connects
         self._groups[WORLD] = self._make(WORLD, self._world, epoch, True)
 
     def form(self, plans: Plans, epoch: int) -> None:
