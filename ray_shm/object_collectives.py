@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ class ObjectCollectives(Member):
     """
 
     use_message_queue_broadcaster: bool  # set by the coordinator
+    _exchange: Callable[..., Any] | None = None
 
     def broadcast_object(self, obj: Any = None, src: int = 0, *, timeout: float | None = None) -> Any:
         """The object of the member `src`; there, `obj` itself.
@@ -43,13 +45,17 @@ class ObjectCollectives(Member):
         return obj if self.world_size == 1 else self._broadcast("broadcast_object", obj, src, timeout)
 
     def _broadcast(self, operation: str, obj: Any, src: int, timeout: float | None) -> Any:
+        exchange = self._exchange or self._choose_exchange()
+        return exchange(self._link, operation, obj, src, timeout)
+
+    def _choose_exchange(self) -> Callable[..., Any]:
+        """At the first object, because it imports torch; once, because an import costs as much as an enqueue."""
         if self.use_message_queue_broadcaster:
-            from ray_shm import queue_broadcast
-
-            return queue_broadcast.broadcast(self._link, operation, obj, src, timeout)
-        from ray_shm import object_exchange
-
-        return object_exchange.broadcast(self._link, operation, obj, src, timeout)
+            from ray_shm.queue_broadcast import broadcast
+        else:
+            from ray_shm.object_exchange import broadcast
+        self._exchange = broadcast
+        return broadcast
 
     def broadcast_object_list(
         self, obj_list: list[Any], src: int = 0, group: ProcessGroup | None = None, *, timeout: float | None = None

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import pickle
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,6 +44,7 @@ from ray_shm.queue_writer import QueueWriter
 from ray_shm.ring import Buffer
 
 _OBJECT, _FAILURE = b"\0", b"\1"
+_LOOK_AGAIN = 0.01  # seconds; a look costs as much as a tenth of a broadcast
 
 AllGather = Callable[[torch.Tensor, torch.Tensor, Deadline], None]
 
@@ -86,8 +88,8 @@ class Received:
         self._error: Exception | None = None
 
     def read(self, frames: Sequence[Buffer], owned: bool) -> None:
-        """Unpickle; never raises but what a signal's handler does."""
-        if frames[0][0] == _FAILURE[0]:
+        """Unpickle; raises nothing."""
+        if frames[0][0]:  # _FAILURE
             text = bytes(frames[0][1:]).decode()
             self._error = RemoteError(f"rank {self._source} {text}")
             return
@@ -149,6 +151,7 @@ class Route:
     reader: QueueReader | None = None
     writer: QueueWriter | None = None
     source: str = ""
+    _looked: float = 0.0  # monotonic seconds; when the readers of `writer` were last looked for
 
     @property
     def ends(self) -> list[QueueReader | QueueWriter]:
@@ -159,7 +162,10 @@ class Route:
         writer = self.writer
         if writer is None:
             return
-        writer.require_readers()
+        now = time.monotonic()
+        if now - self._looked > _LOOK_AGAIN:  # else one that sends into free room would never learn that they left
+            self._looked = now
+            writer.require_readers()
         try:
             writer.send(frames, deadline)
         except StartError as exc:
@@ -169,19 +175,19 @@ class Route:
     def receive(self, received: Received, deadline: Deadline) -> None:
         if self.reader is None:
             raise RuntimeError("this rank reads no queue of that member: a bug in ray-shm")
+        consume = received.read if self.writer is None else partial(self._pass_on, received, deadline)
         try:
-            self.reader.receive(partial(self._consume, received, deadline), deadline)
+            self.reader.receive(consume, deadline)
         except StartError as exc:  # the writer turned this reader away
             raise RuntimeError(str(exc)) from exc
 
-    def _consume(self, received: Received, deadline: Deadline, frames: list[memoryview], owned: bool) -> None:
-        if self.writer is not None:
-            try:
-                self.send(frames, deadline)
-            except (TimeoutError, QueueClosedError, PeerLostError) as exc:  # not to be taken for one of `reader`
-                raise RuntimeError(f"an object of {self.source} could not be passed on: {exc}") from exc
-            except StartError:  # its readers know; this rank has the object
-                pass
+    def _pass_on(self, received: Received, deadline: Deadline, frames: list[memoryview], owned: bool) -> None:
+        try:
+            self.send(frames, deadline)
+        except (TimeoutError, QueueClosedError, PeerLostError) as exc:  # not to be taken for one of `reader`
+            raise RuntimeError(f"an object of {self.source} could not be passed on: {exc}") from exc
+        except StartError:  # its readers know; this rank has the object
+            pass
         received.read(frames, owned)
 
 
@@ -260,9 +266,9 @@ class QueueBroadcaster:
         Raises:
             TimeoutError: nothing came in time. RuntimeError, StartError: as `publish`.
         """
-        route = None
+        route = self._routes.get(src)
         try:
-            route = self._route(src, all_gather, deadline)
+            route = route or self._route(src, all_gather, deadline)
             route.receive(received, deadline)
         except StartError:
             raise

@@ -319,8 +319,8 @@ class QueueWriter(QueueEnd):
         return [r for i, r in self._live_local() if self._shm.ring.state(i) == ring.ABSENT]
 
     def _has_left(self) -> bool:
-        shm = self._shm
-        return shm is not None and any(shm.ring.state(i) == ring.LEFT for i in range(len(self._local_ranks)))
+        state = self._shm.ring.state if self._shm is not None else None
+        return state is not None and ring.LEFT in [state(i) for i in range(len(self._local_ranks))]
 
     def _wait(self, ready: Callable[[], bool], deadline: Deadline, on_wait: Callable[[], object] | None = None) -> bool:
         shm = self._shm
