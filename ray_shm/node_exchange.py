@@ -217,6 +217,7 @@ class NodeExchange:
 
     def _meet(self, board: NodeBoard, deadline: Deadline) -> None:
         board.begin()
+        board.require()
         board.publish(_what(_BARRIER, 0, 0, 0))
         self._await(board, deadline)
 
