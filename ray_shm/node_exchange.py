@@ -39,14 +39,14 @@ from ray_shm.node_board import (
 from ray_shm.rendezvous import Rendezvous
 from ray_shm.segment import Segment, SegmentRef, pid_space
 
-# Bytes of each rank's tensor, at most. Up to 1 MiB this way was the faster one in all that was measured; more would cost
-# each rank memory for good. Lower quartiles in µs on 2 busy cores, gloo in the same run (once / slices / gloo):
+# Bytes of each rank's tensor, at most. Up to 1 MiB this way was the faster one in all that was measured; more would
+# cost each rank memory for good. Lower quartiles in µs on 2 busy cores, gloo in the same run (once / slices / gloo):
 #   float32 all_reduce   2 KiB             64 KiB            256 KiB           1 MiB
 #   2 ranks              35 / 108 / 253    68 / 134 / 305    230 / 259 / 453   1,005 / 1,215 / 1,309
 #   3 ranks              93 / 280 / 1,090  140 / 284 / 945   382 / 402 / 936   2,358 / 2,198 / 4,921
 #   4 ranks              145 / 376 / 4,907 296 / 570 / 4,847 939 / 894 / 6,445 9,082 / 4,379 / 8,525
-# all_gather of 1 MiB by 2 / 3 / 4 ranks: 837 / 2,556 / 6,099, gloo 4,228 / 7,842 / 12,575; broadcast and a barrier: 313 /
-# 496 / 719, gloo 687 / 1,592 / 2,151.
+# all_gather of 1 MiB by 2 / 3 / 4 ranks: 837 / 2,556 / 6,099, gloo 4,228 / 7,842 / 12,575; broadcast and a barrier:
+# 313 / 496 / 719, gloo 687 / 1,592 / 2,151.
 REDUCE_BYTES = 1 << 20
 GATHER_BYTES = 1 << 20
 BROADCAST_BYTES = 1 << 20
