@@ -20,8 +20,8 @@ All members go through the same steps, 1, 2, ...: an operation is one step or tw
 
 Who writes in step k has seen all others in k - 1, and who has done step k has seen its writer there: so nobody is more
 than two steps ahead of another, and nobody overwrites what another has still to read. A rank that ends (closes, is
-released, gives up, dies) ends the group for all; but a wait whose members have all arrived succeeds nevertheless: who
-finished first may leave first.
+released, gives up, dies) ends the group for all: no step begins after that, but for a broadcast's reader; yet a wait
+whose members have all arrived succeeds: who finished first may leave first.
 
 The SYNC POINTs, and why each holds (what x86-64 and aarch64 promise, and what a fence is: futex.py):
 
@@ -188,11 +188,15 @@ class NodeBoard:
         Raises:
             LateRanksError: the readers had not come at the deadline. ExchangeEndedError: the group has ended.
         """
-        if self._ints[_OVER // 4]:
-            raise self._ended(self._late(self.others, self.step))
+        self.require()
         self._await(self.others, self.step - 1, deadline)
         if futex.fence is not None:
             futex.fence()  # SYNC POINT: reads before arrival
+
+    def require(self) -> None:
+        """Raises ExchangeEndedError if the group has ended."""
+        if self._ints[_OVER // 4]:
+            raise self._ended([])
 
     def publish(self, what: int) -> None:
         """Tell the others that this rank has come to its step, and what it does there; what it wrote may be read."""

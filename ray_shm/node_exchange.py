@@ -15,9 +15,7 @@ a NaN and a number are NaN. What gloo reduces and is not in REDUCED stays gloo's
 
 from __future__ import annotations
 
-import ctypes
 import json
-import mmap
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -27,6 +25,7 @@ import torch
 from ray_shm import futex, node_board
 from ray_shm.deadline import Deadline
 from ray_shm.errors import StartError
+from ray_shm.node_areas import FOLDS, PURPOSE, NodeAreas
 from ray_shm.node_board import (
     GAVE_UP,
     INTERRUPTED,
@@ -40,10 +39,18 @@ from ray_shm.node_board import (
 from ray_shm.rendezvous import Rendezvous
 from ray_shm.segment import Segment, SegmentRef, pid_space
 
-REDUCE_BYTES = 1 << 20  # of each rank's tensor
+# Bytes of each rank's tensor, at most. Up to 1 MiB this way was the faster one in all that was measured; more would
+# cost each rank memory for good. Lower quartiles in µs on 2 busy cores, gloo in the same run (once / slices / gloo):
+#   float32 all_reduce   2 KiB             64 KiB            256 KiB           1 MiB
+#   2 ranks              35 / 108 / 253    68 / 134 / 305    230 / 259 / 453   1,005 / 1,215 / 1,309
+#   3 ranks              93 / 280 / 1,090  140 / 284 / 945   382 / 402 / 936   2,358 / 2,198 / 4,921
+#   4 ranks              145 / 376 / 4,907 296 / 570 / 4,847 939 / 894 / 6,445 9,082 / 4,379 / 8,525
+# all_gather of 1 MiB by 2 / 3 / 4 ranks: 837 / 2,556 / 6,099, gloo 4,228 / 7,842 / 12,575; broadcast and a barrier:
+# 313 / 496 / 719, gloo 687 / 1,592 / 2,151.
+REDUCE_BYTES = 1 << 20
 GATHER_BYTES = 1 << 20
 BROADCAST_BYTES = 1 << 20
-AT_ONCE_BYTES = 128 << 10
+AT_ONCE_BYTES = 128 << 10  # up to here one step is faster than two
 REDUCED = (
     torch.float32,
     torch.float64,
@@ -55,16 +62,6 @@ REDUCED = (
     torch.int64,
 )
 _AREA = max(REDUCE_BYTES, GATHER_BYTES, BROADCAST_BYTES)
-_CHUNK = 16384  # elements that are reduced at once: they stay in the cache, and torch starts no threads for them
-_MOST_VIEWS = 256
-_ROUNDED = (torch.float16, torch.bfloat16)
-_FOLDS: dict[str, Callable[..., Any]] = {
-    "sum": torch.add,
-    "product": torch.mul,
-    "min": torch.minimum,
-    "max": torch.maximum,
-}
-_PURPOSE = "small collectives"
 
 # What a rank does in a step, in 64 bits that the others compare with their own: bytes 32, source or kind of reduction
 # 16, dtype 8, operation 8. The dtypes are numbered by name, which is the same in all processes of one torch.
@@ -72,7 +69,7 @@ _OPERATIONS = ("", "barrier", "all_reduce", "the second step of all_reduce", "al
 _BARRIER, _REDUCE, _SECOND, _GATHER, _BROADCAST = range(1, 6)
 _DTYPES = sorted({d for d in vars(torch).values() if isinstance(d, torch.dtype)}, key=str)
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
-_OP_CODES = {op: code for code, op in enumerate(_FOLDS)}
+_OP_CODES = {op: code for code, op in enumerate(FOLDS)}
 
 
 class NodeExchange:
@@ -82,7 +79,7 @@ class NodeExchange:
         own = meeting.members.rank_in_group
         self._size, self._own = len(places), own
         self._board: NodeBoard | None = NodeBoard(segment, places, own)
-        self._memory: _Areas | None = _Areas(segment, len(places), own)
+        self._memory: NodeAreas | None = NodeAreas(segment, len(places), own, _AREA)
         self._late: list[int] = []
         self._sent = False  # the last step was a broadcast of this rank's
         meeting.release.on_request(self._board.ender(RELEASED))
@@ -217,11 +214,12 @@ class NodeExchange:
 
     def _meet(self, board: NodeBoard, deadline: Deadline) -> None:
         board.begin()
+        board.require()
         board.publish(_what(_BARRIER, 0, 0, 0))
         self._await(board, deadline)
 
     @property
-    def _areas(self) -> _Areas:
+    def _areas(self) -> NodeAreas:
         if self._memory is None:
             raise ExchangeEndedError("this rank has left the group", [])
         return self._memory
@@ -258,85 +256,6 @@ def _why(exc: BaseException) -> int:
     return INTERRUPTED
 
 
-class _Areas:
-    """The memory in which the members' tensors lie: two areas for each, for even and for odd steps."""
-
-    def __init__(self, segment: Segment, size: int, own: int) -> None:
-        self._segment, self._size, self._own = segment, size, own
-        self._begin = node_board.data(size)
-        # Keeps the memory mapped, as the views do; torch and ctypes are given addresses.
-        self._bytes = torch.frombuffer(segment.mapping, dtype=torch.uint8)
-        self._address = self._bytes.data_ptr()
-        self._populated = [0, 0]  # bytes of the own areas, by parity
-        self._views: dict[tuple[torch.dtype, int, int, int], list[torch.Tensor]] = {}
-
-    def put(self, parity: int, flat: torch.Tensor) -> None:
-        self._require(parity, flat.nbytes)
-        ctypes.memmove(self._address + self._at(self._own, parity), flat.data_ptr(), flat.nbytes)
-
-    def take(self, rank: int, parity: int, to: int, nbytes: int, offset: int = 0) -> None:
-        ctypes.memmove(to + offset, self._address + self._at(rank, parity) + offset, nbytes)
-
-    def fold(self, parity: int, op: str, flat: torch.Tensor, into: torch.Tensor, begin: int, end: int) -> None:
-        """Reduce elements `begin` to `end` of all ranks' tensors, which are like `flat`, into those of `into`."""
-        function, rounded = _FOLDS[op], flat.dtype in _ROUNDED and op in ("sum", "product")
-        for low in range(begin, end, _CHUNK):
-            high = min(low + _CHUNK, end)
-            parts = self._parts(flat.dtype, parity, low, high)
-            out = into if high - low == into.numel() else into[low:high]
-            total = function(parts[0].float(), parts[1]) if rounded else function(parts[0], parts[1], out=out)
-            for part in parts[2:]:
-                function(total, part, out=total)
-            if rounded:
-                out.copy_(total)
-
-    def fold_slice(self, parity: int, op: str, flat: torch.Tensor) -> None:
-        """Reduce this rank's slice into its own area of the next step."""
-        self._require(1 - parity, flat.nbytes)
-        own = self._parts(flat.dtype, 1 - parity, 0, flat.numel())[self._own]
-        self.fold(parity, op, flat, own, *_slice(flat, self._own, self._size))
-
-    def take_slices(self, parity: int, flat: torch.Tensor) -> None:
-        for rank in range(self._size):
-            begin, end = _slice(flat, rank, self._size)
-            width = flat.itemsize
-            self.take(rank, parity, flat.data_ptr(), (end - begin) * width, begin * width)
-
-    def _at(self, rank: int, parity: int) -> int:
-        return self._begin + (2 * rank + parity) * _AREA
-
-    def _require(self, parity: int, nbytes: int) -> None:
-        """Have memory for so many bytes of the own area; it is taken at the first use only."""
-        taken = self._populated[parity]
-        if nbytes > taken:
-            wanted = min(_AREA, max(mmap.PAGESIZE, 1 << (nbytes - 1).bit_length()))
-            at = self._at(self._own, parity)
-            try:
-                self._segment.populate(at + taken, at + wanted, _PURPOSE)
-            except StartError as exc:
-                raise RuntimeError(str(exc)) from exc
-            self._populated[parity] = wanted
-
-    def _parts(self, dtype: torch.dtype, parity: int, begin: int, end: int) -> list[torch.Tensor]:
-        """Elements `begin` to `end` of each rank's area, as tensors of `dtype`, kept for the next time."""
-        key = (dtype, parity, begin, end)
-        views = self._views.get(key)
-        if views is None:
-            if len(self._views) >= _MOST_VIEWS:
-                self._views.clear()
-            begin, end = begin * dtype.itemsize, end * dtype.itemsize
-            starts = [self._at(rank, parity) for rank in range(self._size)]
-            views = self._views[key] = [self._bytes[at + begin : at + end].view(dtype) for at in starts]
-        return views
-
-
-def _slice(flat: torch.Tensor, rank: int, size: int) -> tuple[int, int]:
-    """The elements that `rank` reduces. No two ranks write to one cache line."""
-    per_line = 64 // flat.itemsize
-    lines = -(-flat.numel() // per_line)
-    return lines * rank // size * per_line, min(flat.numel(), lines * (rank + 1) // size * per_line)
-
-
 def _what(operation: int, nbytes: int, dtype: int, detail: int) -> int:
     return nbytes << 32 | detail << 16 | dtype << 8 | operation
 
@@ -347,7 +266,7 @@ def _in_words(what: int) -> str:
     if operation == _BARRIER:
         return text
     if operation in (_REDUCE, _SECOND):
-        text += f" ({list(_FOLDS)[detail]})"
+        text += f" ({list(FOLDS)[detail]})"
     text += f" of {what >> 32} bytes of {_DTYPES[what >> 8 & 0xFF]}"
     return f"{text} from rank {detail} in the group" if operation == _BROADCAST else text
 
@@ -361,7 +280,7 @@ def _offered(meeting: Rendezvous) -> Segment | None:
     begin = node_board.data(size)
     try:
         futex.require_supported()
-        segment = Segment.create(begin + 2 * size * _AREA, _PURPOSE, reserved=begin)
+        segment = Segment.create(begin + 2 * size * _AREA, PURPOSE, reserved=begin)
     except StartError:
         meeting.store.set("node", "")
         return None

@@ -6,6 +6,7 @@ tensors).
 
     device_group   nccl for CUDA + gloo for CPU      (without GPUs: the same object as cpu_group)
     cpu_group      gloo for CPU
+    node           small CPU tensors and barriers, where all members share memory (node_exchange.py)
 
 Imports torch: only `coordinator` imports this module, at the first use of a group.
 """

@@ -438,7 +438,7 @@ def test_released_after_the_callers_timeout(group: ActorGroup, gate: Path) -> No
 
 
 def test_a_cancelled_collective(group: ActorGroup, gate: Path) -> None:
-    """No signal reaches a rank that waits in Gloo."""
+    """A rank that waits for others is not interrupted: it is released with them."""
     before = pids(group)
     future = start_total(group, gate)
     assert future.cancel()
