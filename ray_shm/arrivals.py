@@ -32,14 +32,13 @@ _CAUSE = 0.25  # seconds in which it turns out why a peer closed its connections
 _STORE = 0.5  # seconds for a write or a look; a store that takes longer is not asked again
 _PAUSE = 0.01  # seconds between two looks
 _OUT = ("gave-up", "failed")
-_PAIRWISE = ("send", "recv", "send_all", "start_send", "start_recv", "finish")
+_PAIRWISE = frozenset(("send", "recv", "send_all", "start_send", "start_recv", "finish"))
 
 
 class Attempt(Deadline):
     """One operation of this rank, and when it has to be over.
 
     Attributes:
-        patience: seconds after which whoever waits for it calls `tell`; None: never, its wait cannot be cut short.
         number: of the collective, counted from 1; 0 for send and recv.
         primitive, args: of `ProcessGroups`, without the deadline.
     """
@@ -48,10 +47,18 @@ class Attempt(Deadline):
     number: int
     primitive: str
     args: Sequence[Any]
-    patience: float | None
-    begun: float
     arrivals: Arrivals
-    told: bool
+    told = False
+
+    @property
+    def patience(self) -> float | None:
+        """Seconds after which whoever waits for it calls `tell`; None: never, its wait cannot be cut short."""
+        return min(PATIENCE, self.timeout / 4) if self.number and self.timeout else None
+
+    @property
+    def waited(self) -> float:
+        """Seconds till now."""
+        return 0.0 if self.at is None or self.timeout is None else time.monotonic() - self.at + self.timeout
 
     def tell(self) -> None:
         """Writes that this rank waits in the operation."""
@@ -123,17 +130,15 @@ class Arrivals:
 
     def begin(self, operation: str, primitive: str, args: Sequence[Any], seconds: float | None) -> Attempt:
         attempt = Attempt(None if seconds is None else time.monotonic() + seconds, seconds)
-        pairwise = primitive in _PAIRWISE
-        if not pairwise:
-            self.count += 1
-        attempt.operation, attempt.primitive, attempt.args = operation, primitive, args
-        attempt.number = 0 if pairwise else self.count
-        attempt.patience = None if pairwise or seconds is None else min(PATIENCE, seconds / 4)
-        attempt.begun, attempt.arrivals, attempt.told = time.monotonic(), self, False
+        attempt.operation, attempt.primitive, attempt.args, attempt.arrivals = operation, primitive, args, self
+        if primitive in _PAIRWISE:
+            attempt.number = 0
+        else:
+            attempt.number = self.count = self.count + 1
         return attempt
 
     def write(self, attempt: Attempt, state: str) -> None:
-        mark = Mark(state, attempt.number, time.monotonic() - attempt.begun, attempt.operation)
+        mark = Mark(state, attempt.number, attempt.waited, attempt.operation)
         self._ask(lambda: self._store.set(f"at/{self._members.rank_in_group}", mark.text), _STORE)
 
     def end(self, attempt: Attempt, gave_up: bool) -> None:

@@ -62,8 +62,9 @@ class StatelessGroupCoordinator(TensorCollectives, ObjectCollectives, PointToPoi
             called when the group connects. It stays the caller's to close.
         bind_host: this node's own address, on which gloo listens. Default: `host`.
         epoch: number of this formation of the group; a group formed again on the same store needs another.
-        timeout: seconds, for the members to meet and for every operation. With nccl a late CUDA operation
-            is ended by torch's own watchdog.
+        timeout: seconds, for the members to meet and for every operation that is given none of its own. An operation
+            that takes longer raises PeerLostError, whose `ranks` are those that have not arrived. With nccl a late
+            CUDA operation is ended by torch's own watchdog.
         lazy: connect at the first operation. All members have to come to one within `timeout` seconds.
         reason_wait: seconds that an operation whose connection broke waits for a `release`, whose reason names the dead
             peer, before it raises. For groups that somebody watches over.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -17,7 +18,7 @@ from ray_shm.coordinator import StatelessGroupCoordinator
 from ray_shm.errors import PeerLostError, StartError
 
 SHORT = 1.0  # seconds; the timeout of what is to run into it
-LARGE = 1 << 20  # elements, which go another way than few
+LARGE = 1 << 20  # elements; so many go through gloo, fewer through memory that the ranks share
 
 
 @pytest.fixture(scope="module")
@@ -117,13 +118,12 @@ def wait_for(me: Rank, name: str, ranks: tuple[int, ...]) -> None:
     me.store.prefix(f"{name}/0/0").wait([f"at/{rank}" for rank in ranks], timedelta(seconds=WATCHDOG))
 
 
-def check_late(me: Rank) -> list[str]:
+def check_late(me: Rank) -> str:
     """The groups' own timeout is over long before the last rank comes; that of the calls is not."""
     groups = {name: me.group(f"late {name}", timeout=SHORT / 2) for name in OPERATIONS}
     collective = [name for name in OPERATIONS if not name.startswith(("send", "recv"))]
     if me.rank == 2:
-        for name in collective[1:]:  # the first, all_reduce of little, is sends and receives
-            wait_for(me, f"late {name}", (0, 1))
+        wait_for(me, "late all_reduce of much", (0, 1))  # which goes through gloo, and so leaves marks
         time.sleep(SHORT)  # twice what the groups would wait
 
     def run(name: str) -> None:
@@ -141,17 +141,16 @@ def check_late(me: Rank) -> list[str]:
                 OPERATIONS[name](groups[name], 2, WATCHDOG)
 
     at_once(run)
-    marks = [me.store.prefix(f"late {name}/0/0").get("at/0").decode() for name in collective[1:] if me.rank == 0]
+    mark = me.store.prefix("late all_reduce of much/0/0").get("at/0").decode() if me.rank == 0 else ""
     for group in groups.values():
         group.barrier(timeout=WATCHDOG)
         group.destroy()
-    return marks
+    return mark
 
 
 def test_a_call_may_take_longer_than_its_group_does(pool: Pool) -> None:
-    marks, *_ = pool.run(check_late)
-    for mark in marks:
-        assert mark.startswith("left 1 ")  # and the second was quick
+    mark, *_ = pool.run(check_late)
+    assert mark.startswith("left 1 ")  # and the second was quick
 
 
 # Operations that do not fit together
@@ -184,18 +183,18 @@ def check_refused(me: Rank) -> tuple[str, list[int]]:
             group.all_reduce(torch.ones(3, device="meta"))
         with pytest.raises(ValueError, match="timeout=0"):
             group.barrier(timeout=0)
-    group.barrier()
+    group.all_reduce(ones(LARGE))
     if me.rank == 0:  # so that the others say where they are
         wait_for(me, "refused", (1, 2))
-    group.barrier()
-    return ("", []) if me.rank == 2 else lost(group, lambda: group.barrier(timeout=SHORT))
+    group.all_reduce(ones(LARGE))
+    return ("", []) if me.rank == 2 else lost(group, lambda: group.all_reduce(ones(LARGE), timeout=SHORT))
 
 
 def test_the_late_rank_was_last_seen_somewhere(pool: Pool) -> None:
     for text, ranks in pool.run(check_refused)[:2]:
         assert ranks == [2], text
         assert "as collective 3 of this group" in text or "gave up" in text
-        assert "was last seen leaving barrier, its collective 2" in text
+        assert "was last seen leaving all_reduce, its collective 2" in text
     pool.run(check_destroyed, "refused")
 
 
@@ -214,7 +213,7 @@ def check_tree(me: Rank) -> list[tuple[str, list[int]] | None]:
     def broadcast(group: StatelessGroupCoordinator) -> tuple[str, list[int]] | None:
         try:
             if group.rank != 2:
-                group.broadcast(ones(8), 1, timeout=SHORT)
+                group.broadcast(ones(LARGE), 1, timeout=SHORT)
         except PeerLostError as exc:
             return str(exc), exc.ranks
         return None
@@ -249,8 +248,9 @@ def check_no_answer(me: Rank, port: int) -> tuple[str, list[int]] | None:
         me.kept["group"] = group
         return None
     me.store.prefix("no store").wait(["closed"], timedelta(seconds=WATCHDOG))
-    found = lost(group, lambda: group.barrier(timeout=SHORT))
+    found = lost(group, lambda: group.all_reduce(ones(LARGE), timeout=SHORT))
     group.destroy()
+    gc.collect()  # what pytest.raises caught holds torch's works in a circle of frames
     assert growth(before) == (0, 0)
     return found
 
@@ -273,7 +273,7 @@ def check_blocked_store(me: Rank) -> tuple[str, list[int]] | None:
     thread = threading.Thread(target=block)
     thread.start()
     begun.wait()
-    found = lost(group, lambda: group.barrier(timeout=SHORT))
+    found = lost(group, lambda: group.all_reduce(ones(LARGE), timeout=SHORT))
     assert thread.is_alive()  # the store was of no use all the time
     thread.join()
     return found
@@ -290,7 +290,7 @@ def test_a_store_that_is_gone_hides_nothing(pool: Pool) -> None:
     for rank in (1, 2):
         text, ranks = pool.result(rank)
         assert ranks == []
-        assert "barrier failed in coordinator group 'no store/0/0'" in text
+        assert "all_reduce failed in coordinator group 'no store/0/0'" in text
         assert "store does not answer" in text or "A peer is gone" in text
     pool.run(check_destroyed, "group", ranks=(0,))
 
