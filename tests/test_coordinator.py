@@ -253,7 +253,7 @@ def check_handles_of_an_ended_group(me: Rank) -> tuple[int, int]:
     handles = [handle for turn in range(2) for handle in group.isend_tensor_dict({"turn": turn}, other)]
     if me.rank == 0:
         assert group.recv_tensor_dict() == {"turn": 0}
-        with pytest.raises(PeerLostError, match=r"recv_object failed .* later than 0\.2 s"):
+        with pytest.raises(PeerLostError, match="recv_object failed in "):
             group.recv_object(other, timeout=0.2)
     with pytest.raises(PeerLostError, match="handles/1/0"):
         handles[1].wait()  # rank 0 gave up, so the group has ended on both
