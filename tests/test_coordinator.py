@@ -238,6 +238,8 @@ def check_handles_of_an_ended_group(me: Rank) -> tuple[int, int]:
     import torch
 
     much, other = {"tensor": torch.ones(1 << 20)}, 1 - me.rank  # starts torch's own threads, which stay
+    with me.group("before handles", [[0, 1]]) as first:  # what a process starts once and keeps
+        first.barrier()
     before = open_handles()
     group, control = me.group("handles", [[0, 1]]), me.group("control of handles", [[0, 1]])
     [handle] = group.isend_tensor_dict(much, other)  # nobody takes it
