@@ -240,7 +240,7 @@ class Arrivals:
         who = f"; global ranks {self._global(quitters)} gave up after their timeout"
         if not attempt.number:
             return Account(f"{who}; {self._names('are elsewhere', quitters, attempt)}", self._global(quitters))
-        absent = self._absent(attempt)
+        absent = self._late(attempt, None) if attempt.primitive == "broadcast" else self._absent(attempt)
         if absent:
             names = self._names("had not arrived", absent, attempt)
             return Account(f"{who}; {names}", self._global(absent))
