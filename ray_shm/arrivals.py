@@ -162,7 +162,7 @@ class Arrivals:
         if not self._quitters():
             gone = self._gone()
             return self._of_gone(attempt, gone) if gone else Account(ranks=self._global(late or []))
-        self._watch(lambda: not self._absent(attempt), PATIENCE + _GRACE)
+        self._watch(lambda: not self._late(attempt, None), PATIENCE + _GRACE)
         return self._of_quitters(attempt)
 
     def close(self) -> None:
@@ -240,7 +240,7 @@ class Arrivals:
         who = f"; global ranks {self._global(quitters)} gave up after their timeout"
         if not attempt.number:
             return Account(f"{who}; {self._names('are elsewhere', quitters, attempt)}", self._global(quitters))
-        absent = self._late(attempt, None) if attempt.primitive == "broadcast" else self._absent(attempt)
+        absent = self._late(attempt, None)
         if absent:
             names = self._names("had not arrived", absent, attempt)
             return Account(f"{who}; {names}", self._global(absent))

@@ -12,10 +12,12 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from rank_pool import LOOPBACK, WATCHDOG, Pool, Rank, free_port, growth, open_handles
+from rank_pool import WATCHDOG, Pool, Rank, growth, open_handles
 
+from ray_shm import release
 from ray_shm.coordinator import StatelessGroupCoordinator
 from ray_shm.errors import PeerLostError, StartError
+from ray_shm.store import GroupStore
 
 SHORT = 1.0  # seconds; the timeout of what is to run into it
 LARGE = 1 << 20  # elements; so many go through gloo, fewer through memory that the ranks share
@@ -235,28 +237,22 @@ def test_of_a_broadcast_only_the_rank_that_should_pass_it_on_is_late(pool: Pool)
 # The store
 
 
-def check_no_answer(me: Rank, port: int) -> tuple[str, list[int]] | None:
-    """Its server goes away; or another thread of this process waits at it, which keeps everybody else off."""
-    me.group(f"torch keeps something from the first time {me.rank}", [[me.rank]]).destroy()
-    with me.group("and from the first connection") as group:
-        group.barrier()
-    before = open_handles()
-    group = me.group("no store", coord_store=None, group_ports=[[port]], host=LOOPBACK)
+def check_no_answer(me: Rank) -> tuple[str, list[int]] | None:
+    """The connection to the store's server breaks once the group is formed."""
     if me.rank == 0:
-        group._link._close_own_store()
-        group._link.store = group._link._arrivals._store = None  # the last references
-        me.kept["group"] = group
+        me.kept["no store"] = me.group("no store")
         return None
-    me.store.prefix("no store").wait(["closed"], timedelta(seconds=WATCHDOG))
-    found = lost(group, lambda: group.all_reduce(ones(LARGE), timeout=SHORT))
-    group.destroy()
+    before, handles = release.open_sockets(), open_handles()
+    with GroupStore.connect("127.0.0.1", me.store.port, WATCHDOG) as store:
+        connection = release.open_sockets() - before
+        group = me.group("no store", coord_store=store)
+        for ref in connection:
+            ref.shut_down()
+        found = lost(group, lambda: group.all_reduce(ones(LARGE), timeout=SHORT))
+        group.destroy()
     gc.collect()  # what pytest.raises caught holds torch's works in a circle of frames
-    assert growth(before) == (0, 0)
+    assert growth(handles) == (0, 0)
     return found
-
-
-def check_closed(me: Rank) -> None:
-    me.store.prefix("no store").set("closed", "")
 
 
 def check_blocked_store(me: Rank) -> tuple[str, list[int]] | None:
@@ -284,15 +280,11 @@ def check_destroyed(me: Rank, name: str) -> None:
 
 
 def test_a_store_that_is_gone_hides_nothing(pool: Pool) -> None:
-    pool.start(check_no_answer, free_port())
-    pool.result(0)
-    pool.run(check_closed, ranks=(0,))
-    for rank in (1, 2):
-        text, ranks = pool.result(rank)
+    for text, ranks in pool.run(check_no_answer)[1:]:
         assert ranks == []
         assert "all_reduce failed in coordinator group 'no store/0/0'" in text
         assert "store does not answer" in text or "A peer is gone" in text
-    pool.run(check_destroyed, "group", ranks=(0,))
+    pool.run(check_destroyed, "no store", ranks=(0,))
 
 
 @pytest.mark.slow
