@@ -188,9 +188,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--prompt", action="append", help="a question; may be given several times")
     parser.add_argument("--max-new-tokens", type=int, default=40, metavar="N", help="per answer (default: 40)")
-    parser.add_argument(
-        "--workers", type=int, default=3, metavar="N", help="ranks that split a copy (default: 3)"
-    )
+    parser.add_argument("--workers", type=int, default=3, metavar="N", help="ranks that split a copy (default: 3)")
     parser.add_argument("--data-parallel", type=int, default=1, metavar="N", help="copies of the model (default: 1)")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON for each prompt")
     arguments = parser.parse_args()
