@@ -67,6 +67,7 @@ class ControlThread:
             wire.STATUS: lambda request: self._standing(),
             wire.STACKS: lambda request: all_stacks(self._main),
             wire.RELEASE: lambda request: self._release(*request.payload()),
+            wire.COUNTS: lambda request: counts_of(groups),
             wire.ABANDON: lambda request: groups.abandon(*request.payload()),
         }
         self._thread = threading.Thread(target=self._run, name=NAME, daemon=True)
@@ -130,6 +131,11 @@ class ControlThread:
         for name in waiting:
             self._groups[name].release(reason)
         return [name for name, group in meant if name in waiting or group.is_lost]  # by an interrupted broadcast, say
+
+
+def counts_of(groups: Groups) -> dict[tuple[str, tuple[int, ...]], tuple[int, int]]:
+    """(Name, ranks) of each group -> (epoch, collectives that this rank has called in it)."""
+    return {(name, tuple(group.ranks)): (group.epoch, group.operations) for name, group in list(groups.items())}
 
 
 def operation_of(groups: Groups) -> str:

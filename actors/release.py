@@ -42,8 +42,11 @@ class Releaser:
         self._asked: deque[Call] = deque()  # RELEASE orders whose answers are awaited
         self._broken: set[str] = set()  # names of groups
         self._all_broken = False  # it is not known which
+        self._doubtful: set[int] = set()  # ranks of calls that failed: they may be out of step
+        self._counting: Call | None = None
         self._epoch = 0
         dispatcher.on_failure = self.release_others
+        dispatcher.on_failed_call = self.doubt
         dispatcher.on_late_failure = self.release_left_behind
         dispatcher.on_cancel = self.release_cancelled
         dispatcher.on_peer_lost = self.peer_lost
@@ -60,8 +63,16 @@ class Releaser:
         error = reply.error()
         if not isinstance(error, RpcCancelledError):
             ranks = [rank for rank in self._dispatcher.alive if rank != reply.rank]
+            self._doubtful.update(self._dispatcher.alive)
             reason = f"rank {reply.rank} raised {type(error).__name__} in call {reply.call_id}"
             self._ask(ranks, [reply.rank], reason, reply.call_id, idle=True)
+
+    def doubt(self, call: Call) -> None:
+        """A rank that raised may have left out a collective which others are through with: a broadcast, above all,
+        whose object it would then take for the next one. Looked into before the next call. By the leader."""
+        if call is not self._counting:
+            self._doubtful.update(call.targets)
+            self._dispatcher.before_call = self.settle
 
     def release_cancelled(self, call: Call) -> None:
         """`call` was cancelled: free the ranks that wait for each other in it, where no signal reaches them."""
@@ -91,6 +102,7 @@ class Releaser:
             if dispatcher.before_call is None:
                 return  # somebody has done it meanwhile
             self._take_answers(Deadline.after(deadline.slice(ANSWER_WAIT)))
+            self._compare_counts(Deadline.after(deadline.slice(ANSWER_WAIT)))
             dispatcher.before_call = None  # what breaks from now on sets it again
             names, everything = sorted(self._broken), self._all_broken
             self._broken, self._all_broken = set(), False
@@ -156,6 +168,22 @@ class Releaser:
                 self._broken.update(names)
             if not order.done or order.failures:  # its answer may come late, or never: REFORM is queued behind it
                 self._all_broken = True
+
+    def _compare_counts(self, deadline: Deadline) -> None:
+        """Groups in which some ranks have called more collectives than others are out of step, and of no use."""
+        ranks, self._doubtful = self._living(sorted(self._doubtful)), set()
+        if len(ranks) < 2:
+            return
+        dispatcher = self._dispatcher
+        with contextlib.suppress(RayShmError, TimeoutError):  # who does not answer is not compared
+            call = self._counting = dispatcher.submit_order(wire.COUNTS, "count collectives", None, ranks, deadline)
+            with contextlib.suppress(RayShmError, TimeoutError):
+                dispatcher.wait(call, deadline)
+            counts: dict[tuple[str, tuple[int, ...]], set[tuple[int, int]]] = {}
+            for answer in list(call.results.values()):
+                for group, count in answer.items():
+                    counts.setdefault(group, set()).add(count)
+            self._broken.update(name for (name, _), different in counts.items() if len(different) > 1)
 
 
 def log_failures(order: Call, what: str) -> None:

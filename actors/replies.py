@@ -42,6 +42,7 @@ class Replies:
     Attributes:
         lead: who waits. dropped: replies that nobody waited for any more.
         on_failure: called with a call of which ranks failed while others are still awaited, by the leader.
+        on_failed_call: called with a call that has ended with failures, by the leader.
         on_late_failure: called with a failure that nobody waited for any more, by the leader.
         on_peer_lost: called when a rank has failed for want of another, in a collective, say; by the leader.
         on_news: called with what a driver actor tells its clients, by the leader.
@@ -52,6 +53,7 @@ class Replies:
         self.lead = Lead(bell or private_bell())
         self.dropped = 0
         self.on_failure: Callable[[Call], None] | None = None
+        self.on_failed_call: Callable[[Call], None] | None = None
         self.on_late_failure: Callable[[wire.Reply], None] | None = None
         self.on_peer_lost: Callable[[], None] | None = None
         self.on_news: Callable[[Any], None] | None = None
@@ -177,6 +179,8 @@ class Replies:
     def _settle(self, call: Call) -> None:
         """A call has just ended."""
         self.forget(call)
+        if call.failures and self.on_failed_call is not None:
+            self.on_failed_call(call)
         if call.callbacks:
             self._finished.append(call)
 

@@ -8,7 +8,7 @@ Request: ``call id, epoch, kind, reply rank, targets | pickle of (method, args, 
 one frame that counts frames, then those of each target. Reply: ``call id, epoch, status, rank | pickle of the result``.
 
 Two queues lead to the workers. CALL, STREAM, REFORM and STOP go through the request queue, in order, to the thread that
-runs user code. CANCEL, CREDIT, STATUS, STACKS and RELEASE go through the control queue to a thread beside it.
+runs user code. CANCEL, CREDIT, STATUS, STACKS, RELEASE and COUNTS go through the control queue to a thread beside it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ray_shm.errors import RemoteError, RemoteExitError, RemoteTraceback
 from ray_shm.ring import Buffer
 
 CALL, STOP, STREAM, REFORM, FORM, DISSOLVE = range(6)  # through the request queue
-CANCEL, CREDIT, STATUS, STACKS, RELEASE, ABANDON = range(16, 22)  # through the control queue
+CANCEL, CREDIT, STATUS, STACKS, RELEASE, ABANDON, COUNTS = range(16, 23)  # through the control queue
 ORDERS = {FORM: "create groups", REFORM: "re-form groups", DISSOLVE: "destroy groups"}  # in line with the calls
 OK, FAILED, ITEM = 0, 1, 2
 NEWS = 3  # of the group, to a connected client: not a reply to any call

@@ -96,6 +96,11 @@ class GroupConnection:
         return f"coordinator group {self._name!r} (global ranks {list(m.ranks)}, this rank {m.ranks[m.rank_in_group]})"
 
     @property
+    def operations(self) -> int:
+        """Collectives called in the present formation."""
+        return self._arrivals.count
+
+    @property
     def is_lost(self) -> bool:
         """Whether every operation raises PeerLostError, or a broadcast through queues would."""
         groups = self.groups

@@ -143,6 +143,11 @@ class StatelessGroupCoordinator(TensorCollectives, ObjectCollectives, PointToPoi
         return self._link.operation
 
     @property
+    def operations(self) -> int:
+        """How many collectives this rank has called in the present formation; without `send` and `recv`."""
+        return self._link.operations
+
+    @property
     def is_lost(self) -> bool:
         """Whether it needs `reform`: a peer is gone or late, it was released, or a broadcast was interrupted."""
         return self._link.is_lost

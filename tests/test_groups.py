@@ -43,6 +43,12 @@ class Member:
 
         return int(self.context.group(name).all_reduce(torch.tensor([10**self.context.rank]))[0])
 
+    def give(self, value, leaver=None):
+        """Rank 0's value; the leaver raises before it comes to that."""
+        if self.context.rank == leaver:
+            raise ValueError("left")
+        return self.context.group().broadcast_object(value)
+
     def epoch_of(self, name):
         return self.context.group(name).epoch
 
@@ -139,6 +145,21 @@ def totals(group: ActorGroup, name: str, ranks: list[int]) -> list[int]:
 
 def at_work(group: ActorGroup, what: str, *ranks: int) -> bool:
     return all(group.status()[rank].method == what and group.status()[rank].state == "running" for rank in ranks)
+
+
+# ---- in step ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_rank_left_out_is_not_taken_for_what_comes_next(group: ActorGroup) -> None:
+    assert rpc(group, "give", "first") == ["first"] * 3
+    with pytest.raises(RpcError) as info:
+        rpc(group, "give", "second", VICTIM)  # the source is through with it, whether or not others read it
+    assert list(info.value.failures) == [VICTIM]
+    assert rpc(group, "give", "third") == ["third"] * 3
+    epoch = rpc(group, "epoch_of", "world")
+    with pytest.raises(RpcError):
+        rpc(group, "why_not")  # an exception that leaves all in step
+    assert rpc(group, "epoch_of", "world") == epoch
 
 
 # ---- created and destroyed ------------------------------------------------------------------------------------------
