@@ -93,7 +93,7 @@ class ClientRuntime:
             if self._closed:
                 raise closed_error()
             codec.use_cloudpickle(ray.cloudpickle)
-            line = driver_line.join(self.ticket.actor)
+            line = driver_line.join(self.ticket.actor, self.owned)
             try:
                 dispatcher = self._start(line)
             except BaseException:

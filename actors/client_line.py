@@ -283,9 +283,9 @@ class RayLine(ClientLine):
             self._changed.notify_all()
         return replies, self._told_taken
 
-    def leave(self) -> None:
-        """The client's own wish."""
-        self.gone = self.gone or "it left"
+    def leave(self, why: str = "it left") -> None:
+        """By the client's own wish, or because its process has ended."""
+        self.gone = self.gone or why
         with self._changed:
             self._changed.notify_all()
         self._ring_driver()

@@ -8,6 +8,7 @@ dispatcher's leads, and polls the clients' queues.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 from collections import Counter
@@ -21,18 +22,23 @@ from ray.util.placement_group import placement_group_table
 from ray_shm import codec
 from ray_shm.actors.admission import Application, Welcome, answering
 from ray_shm.actors.call import Reduce, closed_error
+from ray_shm.actors.client_line import RayLine
 from ray_shm.actors.group import ActorGroup
 from ray_shm.actors.group_start import Bundles, GroupSpec, start_group
+from ray_shm.actors.lifeline import Address, Lifelines
 from ray_shm.actors.progress import Progress
-from ray_shm.actors.relay import Relay
+from ray_shm.actors.relay import Relay, own_ip
 from ray_shm.actors.runtime import GroupRuntime
 from ray_shm.actors.spec import Groups
 from ray_shm.actors.wire import Method
 from ray_shm.deadline import Deadline
-from ray_shm.errors import StartError
+from ray_shm.errors import PlacementError, StartError
 from ray_shm.placement.bundles import Reservation
+from ray_shm.placement.ports import HeldPort
 from ray_shm.ring import bell_in
 from ray_shm.segment import Segment, pid_space
+
+logger = logging.getLogger("ray_shm")
 
 MAX_CONCURRENCY = 64  # threads; each client that is reached through Ray keeps one waiting
 START_WAIT = 60.0  # seconds that those who join wait for a group that is being started
@@ -61,6 +67,8 @@ class DriverActor:
         self._group: ActorGroup | None = None
         self._relay: Relay | None = None
         self._started = threading.Event()
+        self._lifelines: Lifelines | None = None  # once a client without shared memory has asked
+        self._port_range: tuple[int, int] | None = None
         self._end = threading.Lock()
 
     @answering
@@ -86,6 +94,7 @@ class DriverActor:
             raise StartError("launch before reserve: a bug in ray-shm")
         with contextlib.suppress(OSError):  # Ray starts actors at nice 15
             os.setpriority(os.PRIO_PROCESS, 0, niceness)
+        self._port_range = spec.port_range
         self._bell = Segment.create(_BELL_BYTES, "bell")
         progress = Progress(spec.worker_name)
         runtime = start_group(spec, self._reservation, Deadline.after(timeout), progress, bell_in(self._bell, 0))
@@ -120,6 +129,43 @@ class DriverActor:
         line = self._require_relay().line(number)
         if line is not None:
             line.leave()
+
+    @answering
+    def lifeline(self, number: int, owns: bool) -> tuple[Address, bytes] | None:
+        """Where such a client is to connect, so that its death is noticed at once, and what to say there; None: no port
+        is free.
+
+        owns: it launched the group, which ends with it. Raises GroupClosedError.
+        """
+        line = self._require_relay().line(number)
+        if line is None:
+            raise closed_error()
+        with self._end:
+            if self._lifelines is None:
+                try:
+                    self._lifelines = Lifelines(HeldPort.bind(own_ip(), self._port_range).take())
+                except PlacementError as exc:
+                    logger.warning("a client that is killed will be noticed late: %s", exc)
+                    return None
+            lifelines = self._lifelines
+        return lifelines.address, lifelines.expect(lambda: self._on_client_death(line, owns))
+
+    def _on_client_death(self, line: RayLine, owns: bool) -> None:
+        if line.gone:
+            return
+        line.leave("its process has ended")
+        if owns:
+            logger.warning("client %s, which launched the group, has ended: so does the group", line.name)
+            why = f"{line.name}, which launched it, has ended"
+            threading.Thread(
+                target=self._leave_with_owner, args=(why,), name="ray_shm-owner-ended", daemon=True
+            ).start()
+
+    def _leave_with_owner(self, why: str) -> None:
+        try:
+            self.shutdown(0.0, why)
+        finally:
+            os._exit(0)  # Ray would wait for the owner to come back
 
     @answering
     def heal(self, timeout: float | None) -> tuple[list[int], int]:
@@ -172,6 +218,8 @@ class DriverActor:
                 self._relay.refuse()
                 self._runtime.close(timeout)
                 self._relay.close(why)
+                if self._lifelines is not None:
+                    self._lifelines.close()
                 leave = threading.Timer(_LINGER, os._exit, (0,))
                 leave.daemon = True
                 leave.start()

@@ -22,6 +22,7 @@ from ray.util.client import ray as client_ray
 
 from ray_shm.actors.admission import Application, Welcome
 from ray_shm.actors.group_start import CHUNK_BYTES, CHUNKS, CONTROL_BYTES
+from ray_shm.actors.lifeline import Address, Lifeline
 from ray_shm.deadline import Deadline
 from ray_shm.errors import GroupClosedError, QueueClosedError, StartError
 from ray_shm.queue_reader import QueueReader
@@ -183,9 +184,11 @@ class RayDriverLine(DriverLine):
         ring: what to call when there are some. lost: what to call when there will be none any more, with the reason.
     """
 
-    def __init__(self, actor: Any, welcome: Welcome) -> None:
+    def __init__(self, actor: Any, welcome: Welcome, owns: bool) -> None:
         super().__init__()
         self.welcome = welcome
+        self._where: tuple[Address, bytes] | None = ask(actor.lifeline, welcome.number, owns, timeout=JOIN_TIMEOUT)
+        self._lifeline: Lifeline | None = None
         self.requests = _RayOutbox(self, False)
         self.control = _RayOutbox(self, True)
         self.ring: Callable[[], None] = lambda: None
@@ -235,9 +238,25 @@ class RayDriverLine(DriverLine):
                 self._actor.leave.remote(self.welcome.number)
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(_LEAVE_WAIT)
+        if self._lifeline is not None:
+            self._lifeline.close()
+
+    def _connect_lifeline(self) -> None:
+        if self._where is None:
+            return
+        try:
+            self._lifeline = Lifeline(*self._where)
+        except OSError as exc:
+            logger.info(
+                "the driver actor at %s:%d cannot be reached (%s): if this process is killed, it hears of it "
+                "from Ray, half a minute later",
+                *self._where[0],
+                exc,
+            )
 
     def _run(self) -> None:
         """Ask for replies, again and again. Never blocks inside of Ray, which may be torn down meanwhile."""
+        self._connect_lifeline()
         try:
             while not self._closed:
                 reference = self._actor.take.remote(self.welcome.number)
@@ -267,21 +286,21 @@ class RayDriverLine(DriverLine):
 # -- joining -----------------------------------------------------------------------------------------------------------
 
 
-def join(actor: Any) -> DriverLine:
-    """Become a client of `actor`.
+def join(actor: Any, owns: bool) -> DriverLine:
+    """Become a client of `actor`. owns: the group ends with this process.
 
     Raises:
         GroupClosedError: it is gone, or its group is closed. StartError: no memory, or no answer in time.
     """
     if client_ray.is_connected():
-        return RayDriverLine(actor, ask_to_join(actor, None, None))
+        return RayDriverLine(actor, ask_to_join(actor, None, None), owns)
     try:
         return ShmDriverLine(actor)
     except _Refused as exc:
-        return RayDriverLine(actor, exc.args[0])
+        return RayDriverLine(actor, exc.args[0], owns)
     except _OneWay as exc:  # it hears us, we do not hear it
         logger.info("the driver actor's memory cannot be reached (%s): replies come through Ray", exc.__cause__)
-        return RayDriverLine(actor, ask_to_join(actor, None, None))
+        return RayDriverLine(actor, ask_to_join(actor, None, None), owns)
 
 
 def ask_to_join(actor: Any, requests: QueueWriter | None, control: QueueWriter | None) -> Welcome:

@@ -161,7 +161,7 @@ class Relay:
             pid=os.getpid(),
             started=start_time(os.getpid()),
             pid_space=pid_space(),
-            node_ip=_own_ip(),
+            node_ip=own_ip(),
             worker_name=runtime.worker_name,
             ranks=ranks,
             deaths=deaths,
@@ -342,7 +342,7 @@ class Relay:
             line.close(_CLOSE_GRACE)
 
 
-def _own_ip() -> str:
+def own_ip() -> str:
     import ray.util
 
     return str(ray.util.get_node_ip_address())

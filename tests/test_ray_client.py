@@ -9,7 +9,9 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 
+import psutil
 import pytest
 import ray
 
@@ -17,6 +19,7 @@ import ray_shm
 
 START = 60.0  # seconds for the server
 RUN = 150.0
+NOTICED = 20.0
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +101,38 @@ SCRIPT = """
     if __name__ == "__main__":
         body(sys.argv[1])
 """
+
+
+KILLED = """
+    import os, sys, time
+    import ray, ray_shm
+
+    class Worker:
+        def where(self): return ray.get_runtime_context().get_node_id(), os.getpid()
+
+    if __name__ == "__main__":
+        ray.init(sys.argv[1])
+        group = ray_shm.launch(Worker, num_workers=2, gpus_per_worker=1)
+        print(*(pid for _, pid in group.collective_rpc("where")), flush=True)
+        time.sleep(300)
+"""
+
+
+def test_a_killed_client_takes_its_group_along(address):
+    """Long before Ray gives up waiting for it to connect again, after 30 s."""
+    gpus = ray.available_resources()["GPU"]
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
+        try:
+            workers = [psutil.Process(int(pid)) for pid in client.stdout.readline().split()]
+            assert len(workers) == 2
+        finally:
+            client.kill()
+        killed = time.monotonic()
+        assert psutil.wait_procs(workers, timeout=NOTICED)[1] == []
+        while ray.available_resources().get("GPU") != gpus:
+            assert time.monotonic() - killed < NOTICED
+            time.sleep(0.05)
 
 
 class Host:
