@@ -140,7 +140,7 @@ class GroupConnection:
             try:
                 self._connect("connect", self._timeout, patience)
             finally:
-                self.operation = None
+                self._leave()
 
     def run(self, operation: str, primitive: str, *args: Any, timeout: float | None = None) -> None:
         """Runs the primitive of `ProcessGroups`; `operation` names it in the error, and to other threads meanwhile.
@@ -173,7 +173,7 @@ class GroupConnection:
                 raise
             attempt.finish()
         finally:
-            self.operation = None
+            self._leave()
 
     def _attempt(
         self, groups: ProcessGroups, operation: str, primitive: str, args: Sequence[Any], seconds: float
@@ -277,11 +277,18 @@ class GroupConnection:
         """So that no operation begins on them. Not yet dropped: that joins threads, and another may be inside."""
         self._dropped, self.groups = self.groups or self._dropped, None
 
+    def _leave(self) -> None:
+        """The owner's thread is out of its operation. A `close` meanwhile has left the rest to it."""
+        self.operation = None
+        if self._ended is not None and isinstance(self._ended, GroupClosedError):
+            self._drop()
+
     def _drop(self) -> None:
-        begun, self._begun = self._begun, None
+        with self._ending:  # `close` may be at it as well
+            begun, self._begun = self._begun, None
+            dropped, self._dropped = self._dropped, None
         if begun is not None:
             begun.leave()
-        dropped, self._dropped = self._dropped, None
         if dropped is not None:
             dropped.close()
         self.store = None
