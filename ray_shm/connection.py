@@ -171,6 +171,12 @@ class GroupConnection:
             except (TypeError, ValueError):
                 attempt.uncount()
                 raise
+            except StartError:  # the whole group's: no queue could be made
+                raise
+            except BaseException as exc:  # of a signal's handler: which of its messages are under way is not known
+                if not groups.is_in_step(primitive):
+                    self._interrupted(operation, exc)
+                raise
             attempt.finish()
         finally:
             self._leave()
@@ -200,6 +206,11 @@ class GroupConnection:
             if isinstance(self._ended, PeerLostError):
                 self._ended = PeerLostError(text, account.ranks)
         return PeerLostError(text, account.ranks)
+
+    def _interrupted(self, operation: str, exc: BaseException) -> None:
+        """Ends the connection, so that peers that wait for this rank raise, and none takes one message for another."""
+        text = f"{self.label}: this rank was interrupted in an operation, {operation}, by {type(exc).__name__}"
+        self._end(PeerLostError(f"{text}. It is of no use any more: reform() it under the next epoch"), wake=True)
 
     def release(self, reason: str) -> bool:
         """See StatelessGroupCoordinator.release."""
