@@ -140,7 +140,7 @@ class GroupConnection:
             try:
                 self._connect("connect", self._timeout, patience)
             finally:
-                self.operation = None
+                self._leave()
 
     def run(self, operation: str, primitive: str, *args: Any, timeout: float | None = None) -> None:
         """Runs the primitive of `ProcessGroups`; `operation` names it in the error, and to other threads meanwhile.
@@ -171,9 +171,15 @@ class GroupConnection:
             except (TypeError, ValueError):
                 attempt.uncount()
                 raise
+            except StartError:  # the whole group's: no queue could be made
+                raise
+            except BaseException as exc:  # of a signal's handler: which of its messages are under way is not known
+                if not groups.is_in_step(primitive):
+                    self._interrupted(operation, exc)
+                raise
             attempt.finish()
         finally:
-            self.operation = None
+            self._leave()
 
     def _attempt(
         self, groups: ProcessGroups, operation: str, primitive: str, args: Sequence[Any], seconds: float
@@ -200,6 +206,11 @@ class GroupConnection:
             if isinstance(self._ended, PeerLostError):
                 self._ended = PeerLostError(text, account.ranks)
         return PeerLostError(text, account.ranks)
+
+    def _interrupted(self, operation: str, exc: BaseException) -> None:
+        """Ends the connection, so that peers that wait for this rank raise, and none takes one message for another."""
+        text = f"{self.label}: this rank was interrupted in an operation, {operation}, by {type(exc).__name__}"
+        self._end(PeerLostError(f"{text}. It is of no use any more: reform() it under the next epoch"), wake=True)
 
     def release(self, reason: str) -> bool:
         """See StatelessGroupCoordinator.release."""
@@ -277,11 +288,18 @@ class GroupConnection:
         """So that no operation begins on them. Not yet dropped: that joins threads, and another may be inside."""
         self._dropped, self.groups = self.groups or self._dropped, None
 
+    def _leave(self) -> None:
+        """The owner's thread is out of its operation. A `close` meanwhile has left the rest to it."""
+        self.operation = None
+        if self._ended is not None and isinstance(self._ended, GroupClosedError):
+            self._drop()
+
     def _drop(self) -> None:
-        begun, self._begun = self._begun, None
+        with self._ending:  # `close` may be at it as well
+            begun, self._begun = self._begun, None
+            dropped, self._dropped = self._dropped, None
         if begun is not None:
             begun.leave()
-        dropped, self._dropped = self._dropped, None
         if dropped is not None:
             dropped.close()
         self.store = None

@@ -101,7 +101,8 @@ class NodeAreas:
                 self._views.clear()
             begin, end = begin * dtype.itemsize, end * dtype.itemsize
             starts = [self._at(rank, parity) for rank in range(self._size)]
-            views = self._views[key] = [self._bytes[at + begin : at + end].view(dtype) for at in starts]
+            with torch.inference_mode(False):  # else a caller in that mode would leave views that no other may write to
+                views = self._views[key] = [self._bytes[at + begin : at + end].view(dtype) for at in starts]
         return views
 
 

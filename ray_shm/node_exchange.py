@@ -82,6 +82,7 @@ class NodeExchange:
         self._memory: NodeAreas | None = NodeAreas(segment, len(places), own, _AREA)
         self._late: list[int] = []
         self._sent = False  # the last step was a broadcast of this rank's
+        self._cancelled = False  # the last operation came through, and then raised what had interrupted it
         meeting.release.on_request(self._board.ender(RELEASED))
         self._board.watch()
 
@@ -149,6 +150,11 @@ class NodeExchange:
         board = self._board
         return self._late if board is None else board.not_entered()
 
+    def came_through(self) -> bool:
+        """Whether the operation that has just raised a cancelled call's error was over before."""
+        cancelled, self._cancelled = self._cancelled, False
+        return cancelled
+
     def close(self) -> None:
         """Leave: members that wait for this rank raise. Frees the memory. Idempotent; not during an operation."""
         board, self._board = self._board, None
@@ -170,6 +176,7 @@ class NodeExchange:
             raise
         if board.interruption is not None:
             interruption, board.interruption = board.interruption, None
+            self._cancelled = True
             raise interruption
 
     # The steps. No local variable holds a view of the memory during a wait: a traceback would keep it mapped.

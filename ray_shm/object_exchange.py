@@ -46,7 +46,7 @@ def _transmit(
         error, buffer = exc, io.BytesIO(f"{type(exc).__name__}: {exc}".encode(errors="replace"))
     content = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
     length = content.numel() if error is None else -content.numel()
-    link.run(operation, primitive, torch.tensor([length], dtype=torch.int64), *where, timeout=timeout)
+    link.run(operation, primitive, torch.tensor([length], dtype=torch.int64, device="cpu"), *where, timeout=timeout)
     link.run(operation, primitive, content, *where, timeout=timeout)
     if error is not None:
         raise error
@@ -55,10 +55,10 @@ def _transmit(
 def _receive(
     link: GroupConnection, src: int, timeout: float | None, operation: str, primitive: str, *where: int
 ) -> Any:
-    header = torch.zeros(1, dtype=torch.int64)
+    header = torch.zeros(1, dtype=torch.int64, device="cpu")
     link.run(operation, primitive, header, *where, timeout=timeout)
     length = int(header.item())
-    content = torch.empty(abs(length), dtype=torch.uint8)
+    content = torch.empty(abs(length), dtype=torch.uint8, device="cpu")
     link.run(operation, primitive, content, *where, timeout=timeout)
     if length < 0:
         text = bytes(content.numpy()).decode()

@@ -70,7 +70,7 @@ class PointToPoint(Member):
             return
         import torch
 
-        header = torch.tensor([content.nbytes, _code(tensor.dtype), tensor.is_cuda], dtype=torch.int64)
+        header = torch.tensor([content.nbytes, _code(tensor.dtype), tensor.is_cuda], dtype=torch.int64, device="cpu")
         messages = [header, content.cpu()] if content.numel() else [header]
         self._link.run("send", "send_all", messages, peer, TENSOR_TAG, timeout=timeout)
 
@@ -97,12 +97,12 @@ class PointToPoint(Member):
                 self._link.run("recv", "recv", tensor.view(-1), peer, TENSOR_TAG, timeout=timeout)
             return tensor
         deadline = Deadline.after(timeout)
-        header = torch.zeros(3, dtype=torch.int64)
+        header = torch.zeros(3, dtype=torch.int64, device="cpu")
         self._link.run("recv", "recv", header, peer, TENSOR_TAG, timeout=timeout)
         nbytes, code, from_gpu = header.tolist()
-        tensor = torch.empty(size, dtype=dtype)
+        tensor = torch.empty(size, dtype=dtype, device="cpu")
         fits = (nbytes, code) == (tensor.nbytes, _code(dtype))
-        place = tensor.view(-1) if fits else torch.empty(nbytes, dtype=torch.uint8)
+        place = tensor.view(-1) if fits else torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         if nbytes:
             self._link.run("recv", "recv", place, peer, TENSOR_TAG, timeout=left(deadline))
         if not fits:

@@ -205,6 +205,12 @@ class ProcessGroups(DirectExchange):
         """The next object that the member `src` has published."""
         self.queues.take(src, received, self.all_gather, deadline)
 
+    def is_in_step(self, primitive: str) -> bool:
+        """After an exception of a signal's handler: whether the members' next operation is the same nevertheless."""
+        if primitive in ("publish", "take"):
+            return True  # or else the queues have closed, and tell
+        return self.node is not None and self.node.came_through()
+
     def _through_node(self, operation: str, tensor: torch.Tensor) -> NodeExchange | None:
         if self.node is None:
             return None

@@ -367,8 +367,8 @@ class _Gathering(Gathering):
     def gather(self, own: Any) -> list[Any]:
         """Raises RuntimeError where a member is gone or late."""
         content = torch.frombuffer(bytearray(pickle.dumps(own, protocol=5)), dtype=torch.uint8)
-        lengths = self._gather(torch.tensor([content.numel()], dtype=torch.int64)).tolist()
-        padded = torch.zeros(max(lengths), dtype=torch.uint8)
+        lengths = self._gather(torch.tensor([content.numel()], dtype=torch.int64, device="cpu")).tolist()
+        padded = torch.zeros(max(lengths), dtype=torch.uint8, device="cpu")
         padded[: content.numel()] = content
         rows = self._gather(padded).view(self.size, -1).numpy()
         return [pickle.loads(row[:length].data) for row, length in zip(rows, lengths, strict=True)]

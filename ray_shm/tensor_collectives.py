@@ -190,8 +190,10 @@ class TensorCollectives(Member):
         """For every tensor, its size on every member."""
         import torch
 
-        told = torch.empty(self.world_size * len(own), dtype=torch.int64)
-        self._link.run("all_gatherv", "all_gather", told, torch.tensor(own, dtype=torch.int64), timeout=timeout)
+        told = torch.empty(self.world_size * len(own), dtype=torch.int64, device="cpu")
+        self._link.run(
+            "all_gatherv", "all_gather", told, torch.tensor(own, dtype=torch.int64, device="cpu"), timeout=timeout
+        )
         by_tensor: list[list[int]] = told.view(self.world_size, len(own)).t().tolist()
         return by_tensor
 

@@ -69,7 +69,7 @@ def isend(
 def _start(
     link: GroupConnection, count: int, content: bytes, tensors: list[torch.Tensor], dst: int, timeout: float | None
 ) -> Transfer:
-    header = torch.tensor([len(content), count], dtype=torch.int64)
+    header = torch.tensor([len(content), count], dtype=torch.int64, device="cpu")
     messages = [header, torch.frombuffer(bytearray(content), dtype=torch.uint8), *tensors]
     return Transfer(link, "isend_tensor_dict", messages).send(dst, DICT_TAG, timeout)
 
@@ -125,10 +125,10 @@ def irecv(
     link: GroupConnection, src: int, gather_group: Any, timeout: float | None
 ) -> tuple[dict[str, Any], list[Transfer], list[Callable[[], None]]]:
     """See PointToPoint.irecv_tensor_dict."""
-    header = torch.zeros(2, dtype=torch.int64)
+    header = torch.zeros(2, dtype=torch.int64, device="cpu")
     link.run("irecv_tensor_dict", "recv", header, src, DICT_TAG, timeout=timeout)
     nbytes, count = header.tolist()
-    content = torch.empty(nbytes, dtype=torch.uint8)
+    content = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     link.run("irecv_tensor_dict", "recv", content, src, DICT_TAG, timeout=timeout)
     if count == _FAILED:
         text = bytes(content.numpy()).decode()

@@ -202,6 +202,31 @@ def test_objects(pool: Pool) -> None:
     pool.run(check_objects)
 
 
+def check_default_device(me: Rank, queues: bool) -> None:
+    """As while a model is made, under ``with torch.device("cuda")``."""
+    import torch
+
+    own = torch.full((2,), float(me.rank))
+    with me.group(f"default device {queues}", use_message_queue_broadcaster=queues) as group, torch.device("meta"):
+        assert group.broadcast_object(me.rank, 1) == 1
+        assert group.broadcast_tensor_dict({"own": own}, 2)["own"].tolist() == [2.0, 2.0]
+        assert group.all_gatherv(own).tolist() == [0.0, 0.0, 1.0, 1.0, 2.0, 2.0]
+        if me.rank == 0:
+            group.send_object("object", 1)
+            group.send(own, 1)
+            group.send_tensor_dict({"own": own}, 1)
+        elif me.rank == 1:
+            assert group.recv_object(0) == "object"
+            assert group.recv(own.shape, own.dtype, 0).tolist() == [0.0, 0.0]
+            assert group.recv_tensor_dict(0)["own"].tolist() == [0.0, 0.0]
+        group.barrier()
+
+
+@pytest.mark.parametrize("queues", [False, True])
+def test_torchs_default_device_does_not_count(pool: Pool, queues: bool) -> None:
+    pool.run(check_default_device, queues)
+
+
 def check_unpicklable_sent(me: Rank) -> None:
     """To one member: it raises, too, and what is sent next arrives."""
     import torch

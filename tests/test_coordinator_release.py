@@ -301,6 +301,46 @@ def test_a_signal_interrupts_the_forming(pool: ReplacingPool) -> None:
     pool.run(check_reformed, 1)
 
 
+def check_interrupted_inside(me: Rank) -> None:
+    """Rank 0 has got its part from rank 1 when the handler runs, and none from rank 2, which does not come."""
+    import torch
+
+    def interrupt(*_: Any) -> None:
+        raise InterruptError
+
+    group, store = me.group("interrupted inside"), me.store.prefix("signal")
+    me.kept["group"] = group
+    group.barrier()
+    if me.rank == 0:
+        previous = signal.signal(signal.SIGUSR1, interrupt)
+
+        def send() -> None:
+            wait_until(lambda: group.operation == "reduce_scatter")
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+            store.set("sent", "")
+
+        thread = alongside(send)
+        try:
+            with pytest.raises(InterruptError):
+                group.reduce_scatter(torch.ones(3))
+        finally:
+            signal.signal(signal.SIGUSR1, previous)
+        thread.join()
+        assert group.is_lost
+        with pytest.raises(PeerLostError, match="interrupted in an operation, reduce_scatter, by InterruptError"):
+            group.barrier()
+    elif me.rank == 1:
+        store.get("sent")
+        with pytest.raises(PeerLostError):  # it waits for rank 2 if it has its part from rank 0
+            group.reduce_scatter(torch.ones(3), timeout=0.5)
+
+
+def test_a_signal_in_an_operation_ends_the_group(pool: ReplacingPool) -> None:
+    """Else what is under way would be taken for a part of the next operation, or be waited for in vain."""
+    pool.run(check_interrupted_inside)
+    pool.run(check_reformed, 1)
+
+
 # Idle, destroyed
 
 

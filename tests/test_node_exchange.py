@@ -117,6 +117,9 @@ def check_moves(me: Rank) -> None:
             guarded = torch.full((4,), float(me.rank))
         assert group.broadcast(guarded, 1).tolist() == [1.0] * 4
         assert group.all_reduce(guarded).tolist() == [3.0] * 4
+        for mode in (torch.inference_mode(), torch.no_grad()):  # by slices, through views that the first call leaves
+            with mode:
+                assert group.all_reduce(torch.ones(70_001)).unique().tolist() == [3.0]
         for dtype, total in ((torch.bool, True), (torch.complex64, 3.0 + 0j)):  # gloo's, on all members alike
             assert not node.takes("all_reduce", 4, dtype)
             assert group.all_reduce(torch.ones(2, dtype=dtype)).tolist() == [total] * 2

@@ -511,6 +511,43 @@ def test_an_interrupted_broadcast_ends_the_group_until_it_is_formed_again(pool: 
     pool.run(check_interrupted)
 
 
+_to_be_destroyed: list[StatelessGroupCoordinator] = []
+
+
+class Destroyer:
+    """Destroys the group that it comes through."""
+
+    def __reduce__(self) -> Any:
+        return _destroy, ()
+
+
+def _destroy() -> str:
+    _to_be_destroyed.pop().destroy()
+    return "came all the same"
+
+
+def check_destroyed_inside(me: Rank) -> None:
+    with me.group("beside") as control:
+        for name in ("first", "second"):  # the first one leaves what is made once in a process
+            before = open_handles(), queue_maps()
+            group = queue_group(me, f"destroyed inside, {name}")
+            _to_be_destroyed[:] = [group]
+            got = group.broadcast_object(Destroyer() if me.rank == 0 else None)
+            control.barrier()
+            if me.rank == 0:
+                group.destroy()
+            else:
+                assert got == "came all the same"
+            with pytest.raises(GroupClosedError):
+                group.barrier()
+        assert (growth(before[0]), queue_maps() - before[1]) == ((0, 0), 0)
+
+
+def test_destroyed_in_an_operation_that_comes_through(pool: Pool) -> None:
+    """Its thread frees what it used, since whoever destroys must not."""
+    pool.run(check_destroyed_inside)
+
+
 def check_cycles(me: Rank) -> None:
     import torch
 
