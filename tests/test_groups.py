@@ -225,6 +225,7 @@ def test_groups_overlap_repeat_and_are_found_by_their_members(group: ActorGroup)
         ({"world": [[0, 1]]}, "auto", "reserved"),
         ({"tp": [[0, 1]]}, "auto", r"groups \['tp'\] already"),
         ({"x": [[0, 3]]}, "auto", r"no rank \[3\]"),
+        ({"x": [[[0, 1]]]}, "auto", r"no rank \[\[0, 1\]\]"),
         ({"x": [[0, 1], [1, 2]]}, "auto", r"ranks \[1\] appear twice"),
         ({"x": [[]]}, "auto", "non-empty"),
         ({"": [[0]]}, "auto", "not empty"),
@@ -531,7 +532,7 @@ def test_what_listens_to_other_nodes_keeps_to_the_range_of_ports(group: ActorGro
         taken = rf"rank 0 \(pid .*binding a port.*ports {ports[0]}\.\.{ports[1]} of {node_ip}: all are in use"
         with pytest.raises(StartError, match=taken):
             ray_shm.launch(Member, num_workers=1, port_range=ports)
-    for wrong in ((5, 4), (0, 10), (1, 70_000), (1,)):
+    for wrong in ((5, 4), (0, 10), (1, 70_000), (1,), 20_000):
         with pytest.raises(ValueError, match="port_range"):
             ray_shm.launch(Member, num_workers=1, port_range=wrong)  # type: ignore[arg-type]
 
