@@ -277,11 +277,17 @@ class ClientRuntime:
         """`args` end with the timeout. What this process has sent travels another way, and may be slower."""
         dispatcher, deadline = self._live_dispatcher(), Deadline.after(args[-1])
         if dispatcher.in_flight:
-            with contextlib.suppress(RpcError):  # a dead rank executes nothing any more
-                fence = dispatcher.submit(ping, (), {}, None, None, None, deadline)
-                dispatcher.wait(fence, deadline)
+            self._await_sent(dispatcher, deadline)
         left = deadline.remaining()
         driver_line.ask(method, *args[:-1], left, timeout=None if left is None else left + _SLACK)
+
+    def _await_sent(self, dispatcher: Dispatcher, deadline: Deadline) -> None:
+        """Until the living ranks have executed what this process sent. Raises as Dispatcher.wait."""
+        while living := dispatcher.alive:
+            with contextlib.suppress(RpcError):  # one has just died
+                fence = dispatcher.submit(ping, (), {}, living, None, None, deadline)
+                dispatcher.wait(fence, deadline)
+                return
 
     def subscribe(self, callback: Subscriber) -> Callable[[], None]:
         dispatcher = self._live_dispatcher()

@@ -172,14 +172,11 @@ class GroupDirectory:
         try:
             dispatcher.tell(wire.ABANDON, dispatcher.new_id(), None, (epoch, reason))
             with self._lock:
-                for name in plans:
+                own = [name for name, plan in plans.items() if self._plans.get(name, plan) is plan]
+                for name in own:  # the others were destroyed, and created anew by another thread, meanwhile
                     self._plans.pop(name, None)
-                self._order(
-                    wire.DISSOLVE,
-                    f"take back groups {sorted(plans)}",
-                    Dissolve(list(plans), epoch),
-                    Deadline.after(_UNDO_SEND),
-                )
+                what = f"take back groups {sorted(own)}"
+                self._order(wire.DISSOLVE, what, Dissolve(own, epoch), Deadline.after(_UNDO_SEND))
         except GroupClosedError:
             pass
         except RayShmError as exc:  # they are released, though, and a group of the same name replaces them

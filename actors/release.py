@@ -101,9 +101,12 @@ class Releaser:
         try:
             if dispatcher.before_call is None:
                 return  # somebody has done it meanwhile
-            self._take_answers(Deadline.after(deadline.slice(ANSWER_WAIT)))
-            self._compare_counts(Deadline.after(deadline.slice(ANSWER_WAIT)))
+            with dispatcher.callbacks_elsewhere():
+                self._take_answers(Deadline.after(deadline.slice(ANSWER_WAIT)))
+                self._compare_counts(Deadline.after(deadline.slice(ANSWER_WAIT)))
             dispatcher.before_call = None  # what breaks from now on sets it again
+            if self._asked or self._doubtful:  # came amid the waits
+                dispatcher.before_call = self.settle
             names, everything = sorted(self._broken), self._all_broken
             self._broken, self._all_broken = set(), False
             if names or everything:
@@ -159,11 +162,10 @@ class Releaser:
 
     def _take_answers(self, deadline: Deadline) -> None:
         while self._asked:
-            order = self._asked[0]  # a callback that runs in the wait may come here, too
+            order = self._asked[0]
             with contextlib.suppress(RayShmError, TimeoutError):
                 self._dispatcher.wait(order, deadline)
-            with contextlib.suppress(ValueError):
-                self._asked.remove(order)
+            self._asked.popleft()
             for names in order.results.values():
                 self._broken.update(names)
             if not order.done or order.failures:  # its answer may come late, or never: REFORM is queued behind it
@@ -171,7 +173,8 @@ class Releaser:
 
     def _compare_counts(self, deadline: Deadline) -> None:
         """Groups in which some ranks have called more collectives than others are out of step, and of no use."""
-        ranks, self._doubtful = self._living(sorted(self._doubtful)), set()
+        doubtful = {self._doubtful.pop() for _ in range(len(self._doubtful))}  # one by one: the leader may be adding
+        ranks = self._living(sorted(doubtful))
         if len(ranks) < 2:
             return
         dispatcher = self._dispatcher

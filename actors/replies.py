@@ -249,6 +249,20 @@ class Replies:
         finally:
             self._calling_back.discard(me)
 
+    @contextlib.contextmanager
+    def callbacks_elsewhere(self) -> Iterator[None]:
+        """This thread runs none meanwhile, though it waits: it holds a lock that a callback may want."""
+        me = threading.get_ident()
+        inside = me in self._calling_back
+        self._calling_back.add(me)
+        try:
+            yield
+        finally:
+            if not inside:
+                self._calling_back.discard(me)
+                if self._finished:
+                    self.run_callbacks_elsewhere()
+
     def _forget_rank(self, rank: int) -> None:
         """Send nothing to it any more."""
         raise NotImplementedError

@@ -151,8 +151,8 @@ def _require_lists(name: str, lists: Iterable[Iterable[int]], world_size: int) -
     except TypeError as exc:
         raise TypeError(f"group {name!r} = {lists!r}: give a list of lists of ranks, as [[0, 1], [2, 3]]") from exc
     flat = [rank for ranks in copied for rank in ranks]
-    wrong = sorted({r for r in flat if not isinstance(r, int) or not 0 <= r < world_size}, key=repr)
-    twice = sorted({r for r in flat if flat.count(r) > 1}, key=repr)
+    wrong = sorted((r for r in flat if not isinstance(r, int) or not 0 <= r < world_size), key=repr)
+    twice = sorted({r for r in flat if isinstance(r, int) and flat.count(r) > 1})
     if wrong or twice or not flat or not all(copied):
         raise ValueError(
             f"group {name!r} = {copied}: give non-empty, disjoint lists of ranks 0..{world_size - 1}"

@@ -6,11 +6,13 @@ also one that the main thread is just forming, or is yet to form.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from ray_shm.actors.spec import WORLD, Dissolve, GroupPlan, Plans, Reform
 from ray_shm.coordinator import StatelessGroupCoordinator
+from ray_shm.errors import GroupClosedError
 
 Make = Callable[[str, GroupPlan, int, bool], StatelessGroupCoordinator]
 
@@ -83,14 +85,15 @@ class WorkerGroups(Mapping[str, StatelessGroupCoordinator]):
         _ = group.cpu_group  # connects
 
     def reform(self, order: Reform, open_store: Callable[[], object]) -> None:
-        """Form groups again, in the same objects; they connect when next used."""
+        """Form groups again, in the same objects; they connect when next used. What user code destroyed stays so."""
         if order.plans is not None:
             self._catch_up(order.plans, order.epoch)
         for name in order.names or list(self._groups):
             if name in self._groups:
                 group = self._groups[name]
                 if group.epoch != order.epoch:
-                    group.reform(order.epoch, open_store)
+                    with contextlib.suppress(GroupClosedError):
+                        group.reform(order.epoch, open_store)
                 if absent := sorted(set(group.ranks) & set(order.dead)):
                     gone = ", ".join(f"rank {rank} ({order.dead[rank]})" for rank in absent)
                     group.release(f"{gone} is gone" if len(absent) == 1 else f"{gone} are gone")

@@ -89,7 +89,7 @@ def require_port_range(port_range: tuple[int, int] | None) -> tuple[int, int] | 
     """It, if it is one, or None. Raises ValueError."""
     if port_range is None:
         return None
-    numbers = tuple(port_range)
+    numbers = tuple(port_range) if isinstance(port_range, Iterable) else ()
     if len(numbers) != 2 or not all(isinstance(n, int) for n in numbers) or not 1 <= numbers[0] <= numbers[1] <= 65535:
         raise ValueError(f"port_range must be (first, last) within 1..65535, got {port_range}")
     return numbers

@@ -49,6 +49,13 @@ class Member:
             raise ValueError("left")
         return self.context.group().broadcast_object(value)
 
+    def give_late(self, value, leaver, gate):
+        await_gate(gate)
+        return self.give(value, leaver)
+
+    def destroy(self, name):
+        self.context.group(name).destroy()
+
     def epoch_of(self, name):
         return self.context.group(name).epoch
 
@@ -162,6 +169,33 @@ def test_what_a_rank_left_out_is_not_taken_for_what_comes_next(group: ActorGroup
     assert rpc(group, "epoch_of", "world") == epoch
 
 
+def test_what_is_left_out_amid_the_count_of_collectives_is_found_too(group: ActorGroup, gate: Path) -> None:
+    assert rpc(group, "give", "connected") == ["connected"] * 3
+    first, second = gate.with_name("first"), gate
+    failing = rpc(group, "give_late", None, VICTIM, str(first), target_ranks=[VICTIM], non_block=True)
+    leaving = rpc(group, "give_late", "late", VICTIM, str(second), target_ranks=[0, VICTIM], non_block=True)
+    releaser, place = group._runtime.releaser, group.workers[2]
+    locked: list[bool] = []
+    leaving.add_done_callback(lambda future: locked.append(releaser._lock._is_owned()))  # type: ignore[attr-defined]
+    first.touch()
+    assert isinstance(failing.exception(HANG), RpcError)
+    releaser._doubtful.add(2)
+
+    def counting() -> bool:
+        return releaser._counting is not None and not releaser._counting.done
+
+    os.kill(place.pid, signal.SIGSTOP)  # the count waits for it
+    try:
+        opening = Background(lambda: (wait_for(counting, "the count"), second.touch()))
+        assert rpc(group, "rank", target_ranks=[0]) == [0]
+    finally:
+        os.kill(place.pid, signal.SIGCONT)
+    opening.result()
+    assert isinstance(leaving.exception(HANG), RpcError)
+    assert rpc(group, "give", "next") == ["next"] * 3
+    assert locked == [False]  # a callback may create groups, say
+
+
 # ---- created and destroyed ------------------------------------------------------------------------------------------
 
 
@@ -191,6 +225,7 @@ def test_groups_overlap_repeat_and_are_found_by_their_members(group: ActorGroup)
         ({"world": [[0, 1]]}, "auto", "reserved"),
         ({"tp": [[0, 1]]}, "auto", r"groups \['tp'\] already"),
         ({"x": [[0, 3]]}, "auto", r"no rank \[3\]"),
+        ({"x": [[[0, 1]]]}, "auto", r"no rank \[\[0, 1\]\]"),
         ({"x": [[0, 1], [1, 2]]}, "auto", r"ranks \[1\] appear twice"),
         ({"x": [[]]}, "auto", "non-empty"),
         ({"": [[0]]}, "auto", "not empty"),
@@ -336,6 +371,32 @@ def test_a_late_rank_is_named_and_never_forms_the_group(group: ActorGroup, gate:
     group.destroy_groups(["x"])
 
 
+def test_a_failed_creation_takes_back_only_its_own(group: ActorGroup, gate: Path) -> None:
+    rpc(group, "hold", str(gate), non_block=True)
+    plans = group._runtime.directory
+    failing = Background(lambda: group.create_groups({"x": [RANKS]}, backend="nccl"))
+    wait_for(lambda: "x" in plans.plans, "the order to form it")
+    destroying = Background(lambda: group.destroy_groups(["x"]))
+    wait_for(lambda: "x" not in plans.plans, "the order to destroy it")
+    creating = Background(lambda: group.create_groups({"x": [[0, 1]]}))
+    wait_for(lambda: "x" in plans.plans, "the order to form another one")
+    gate.touch()
+    assert isinstance(failing.result(), RpcError)
+    assert (destroying.result(), creating.result()) == (None, None)
+    assert totals(group, "x", [0, 1]) == [11, 11]
+    group.destroy_groups(["x"])
+
+
+def test_what_user_code_destroyed_keeps_no_other_group_from_being_formed_again(group: ActorGroup) -> None:
+    group.create_groups({"a": [RANKS], "b": [RANKS]})
+    rpc(group, "destroy", "a", target_ranks=[VICTIM])
+    epoch = rpc(group, "epoch_of", "b")[0]
+    group._runtime.releaser.peer_lost()  # all groups
+    assert all(now > epoch for now in rpc(group, "epoch_of", "b"))
+    assert totals(group, "b", RANKS) == [111] * 3
+    group.destroy_groups(["a", "b"])
+
+
 # ---- a rank dies ----------------------------------------------------------------------------------------------------
 
 
@@ -415,6 +476,24 @@ def test_clients_of_a_driver_actor_create_groups(group: ActorGroup, gate: Path) 
 
 
 @pytest.mark.slow
+def test_a_clients_groups_come_after_its_calls_also_where_a_rank_is_dead(group: ActorGroup) -> None:
+    with ray_shm.launch(Member, num_workers=3, driver="actor") as own:
+        own.create_groups({"x": [[0]]})
+        kill(own, 2)
+        with pytest.raises(RpcError):
+            rpc(own, "why_not", target_ranks=[0, 1])  # without its argument
+        pid = own.workers[1].pid
+        os.kill(pid, signal.SIGSTOP)  # so that the driver keeps the next call for a second
+        try:
+            before = rpc(own, "epoch_of", "x", target_ranks=[0], non_block=True)
+            destroying = Background(lambda: own.destroy_groups(["x"]))
+            assert before.exception(HANG) is None
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert destroying.result() is None
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("driver", ["local", "actor"])
 def test_created_groups_are_healed_by_themselves(group: ActorGroup, driver: str) -> None:
     with ray_shm.launch(Member, num_workers=2, driver=driver, auto_heal=True) as own:
@@ -453,7 +532,7 @@ def test_what_listens_to_other_nodes_keeps_to_the_range_of_ports(group: ActorGro
         taken = rf"rank 0 \(pid .*binding a port.*ports {ports[0]}\.\.{ports[1]} of {node_ip}: all are in use"
         with pytest.raises(StartError, match=taken):
             ray_shm.launch(Member, num_workers=1, port_range=ports)
-    for wrong in ((5, 4), (0, 10), (1, 70_000), (1,)):
+    for wrong in ((5, 4), (0, 10), (1, 70_000), (1,), 20_000):
         with pytest.raises(ValueError, match="port_range"):
             ray_shm.launch(Member, num_workers=1, port_range=wrong)  # type: ignore[arg-type]
 
