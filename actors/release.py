@@ -174,10 +174,10 @@ class Releaser:
     def _compare_counts(self, deadline: Deadline) -> None:
         """Groups in which some ranks have called more collectives than others are out of step, and of no use."""
         doubtful = {self._doubtful.pop() for _ in range(len(self._doubtful))}  # one by one: the leader may be adding
-        ranks = self._living(sorted(doubtful))
+        dispatcher = self._dispatcher
+        ranks = self._living(sorted(doubtful - dispatcher.busy()))  # who is in another call may rightly be ahead
         if len(ranks) < 2:
             return
-        dispatcher = self._dispatcher
         with contextlib.suppress(RayShmError, TimeoutError):  # who does not answer is not compared
             call = self._counting = dispatcher.submit_order(wire.COUNTS, "count collectives", None, ranks, deadline)
             with contextlib.suppress(RayShmError, TimeoutError):

@@ -75,6 +75,10 @@ class Replies:
         for rank, reader in readers.items():
             self._read_from(rank, reader)
 
+    def busy(self) -> set[int]:
+        """Ranks that calls under way still wait for."""
+        return {rank for call in list(self._pending.values()) for rank in call.missing}
+
     @property
     def in_flight(self) -> int:
         return len(self._pending)
