@@ -146,6 +146,7 @@ def check_parts_there(me: Any) -> None:
     conformance_checks.parts_are_gathered(me.groups["stages"], me.groups["tensors"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_two_hosts(processes: list[HostProcess], size: str) -> None:
     for process in processes:
@@ -154,6 +155,7 @@ def test_two_hosts(processes: list[HostProcess], size: str) -> None:
         process.result()
 
 
+@pytest.mark.slow
 def test_two_hosts_gather_the_parts_of_a_dictionary(processes: list[HostProcess]) -> None:
     for process in processes:
         process.start(check_parts_there)
