@@ -257,8 +257,9 @@ def test_threads_create_overlapping_groups_at_once(group: ActorGroup) -> None:
 
 
 def flat(group: ActorGroup, before: list[dict[str, int]]) -> bool:
+    """A leak would be as many as the cycles, or a third of it; Ray's own threads open a descriptor now and then."""
     now = [*rpc(group, "handles"), handles(os.getpid())]
-    return all(n[key] <= b[key] for n, b in zip(now, before, strict=True) for key in b)
+    return all(n[key] <= b[key] + 5 for n, b in zip(now, before, strict=True) for key in b)
 
 
 def test_cycles_leave_nothing_in_workers_and_driver(group: ActorGroup) -> None:
