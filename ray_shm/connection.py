@@ -13,9 +13,6 @@ the store would lead the next formation to sockets that are gone. Importing this
 
 from __future__ import annotations
 
-import errno
-import os
-import socket
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from ray_shm.arrivals import Arrivals, Attempt
 from ray_shm.errors import GroupClosedError, PeerLostError, RayShmError, StartError
 from ray_shm.formation import Formation
+from ray_shm.meeting_place import bound, prefixed
 from ray_shm.membership import Membership
-from ray_shm.port_holder import port_holder
 from ray_shm.release import Release
 from ray_shm.store import GroupStore, first_line
 
@@ -350,7 +347,7 @@ class GroupConnection:
             raise StartError(f"{self.label}: backend nccl needs a GPU, and this process sees none; use auto or gloo")
         host, port = self._store_address
         if self._given_store is None and port is not None and self._members.rank_in_group == 0 and not self._own_store:
-            self._own_store = GroupStore.serve(_bound(host, port, self.label), self._timeout)
+            self._own_store = GroupStore.serve(bound(host, port, self.label), self._timeout)
         source = partial(self._open_store, self._own_store or self._given_store, release, seconds)
         return partial(self._form, source, wanted, device, release, seconds)
 
@@ -362,7 +359,7 @@ class GroupConnection:
 
         store = source()
         meeting = Rendezvous(
-            MeetingStore(_prefixed(store, self._name), release, seconds),
+            MeetingStore(prefixed(store, self._name), release, seconds),
             self.label,
             self._members,
             self._bind_host,
@@ -395,47 +392,6 @@ class _Formed:
     def close(self) -> None:
         self.groups.close()
         self.store = None
-
-
-def _prefixed(store: Any, name: str) -> Any:
-    if isinstance(store, GroupStore):
-        return store.prefix(name)
-    from torch.distributed import PrefixStore
-
-    return PrefixStore(name, store)
-
-
-def _bound(host: str, port: int, label: str) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=128)
-    except OSError as exc:
-        holder = port_holder(port) if exc.errno == errno.EADDRINUSE else ""
-        raise StartError(
-            f"{label}: its first rank could not bind {host}:{port} for the store: "
-            f"{os.strerror(exc.errno or 0)}{holder}. "
-            "Pass a free port of this node in group_ports, or a coord_store whose port was bound to 0 and held"
-        ) from exc
-
-
-def store_port(members: Membership, group_ports: list[list[int]] | None, coord_store: Any) -> int | None:
-    """The port on which this group serves its own store; None if it is given one, or needs none."""
-    if coord_store is not None or (group_ports is None and members.world_size == 1):
-        if group_ports is not None:
-            raise ValueError("coord_store and group_ports are alternatives; pass one of them")
-        return None
-    if group_ports is None:
-        raise ValueError(
-            f"a group of {members.world_size} ranks has to meet somewhere: pass coord_store, or group_ports "
-            "with a port for each list of group_ranks"
-        )
-    ports = group_ports[members.index] if members.index < len(group_ports) else []
-    if not ports or not 0 < ports[-1] < 65536:
-        raise ValueError(
-            f"group_ports {group_ports}: list {members.index} has to end with the port of the store of ranks "
-            f"{list(members.ranks)}, 1 to 65535"
-        )
-    return ports[-1]
 
 
 def choose_device(backend: str, local_rank: int, device_index: int | None) -> torch.device:

@@ -22,7 +22,8 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from ray_shm.connection import BACKENDS, GroupConnection, choose_device, store_port
+from ray_shm.connection import BACKENDS, GroupConnection, choose_device
+from ray_shm.meeting_place import store_port
 from ray_shm.membership import Membership
 from ray_shm.object_collectives import ObjectCollectives
 from ray_shm.point_to_point import PointToPoint

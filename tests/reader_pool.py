@@ -69,7 +69,7 @@ class Peer:
         self.process.join(WATCHDOG)
 
     def close(self) -> None:
-        if self.process.is_alive():
+        with contextlib.suppress(OSError):  # it has ended, or is about to
             self.pipe.send(None)
             self.process.join(WATCHDOG)
         self.kill()
