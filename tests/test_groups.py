@@ -26,6 +26,7 @@ from ray_shm.placement.interfaces import NCCL_VARIABLE, interface_of
 RANKS = [0, 1, 2]
 VICTIM = 1
 CYCLES = 100
+START = 300.0  # seconds for 32 processes on a small machine
 
 
 class Member:
@@ -113,8 +114,8 @@ class Background:
     def running(self) -> bool:
         return self._thread.is_alive()
 
-    def result(self) -> object:
-        self._thread.join(HANG)
+    def result(self, timeout: float = HANG) -> object:
+        self._thread.join(timeout)
         assert not self._thread.is_alive()
         return self._outcome
 
@@ -547,7 +548,9 @@ def launch_at_once(groups: int, size: int, torch_in: int) -> None:
 
     def one(i: int) -> list[Any]:
         declared = {"tp": [every], "pp": [every[::-1]]} if i < torch_in else None
-        with ray_shm.launch(Member, num_workers=size, gpus_per_worker=0.1, groups=declared, start_timeout=300) as group:
+        with ray_shm.launch(
+            Member, num_workers=size, gpus_per_worker=0.1, groups=declared, start_timeout=START
+        ) as group:
             if i < torch_in:
                 group.create_groups({"more": [every]}, timeout=HANG)
                 assert totals(group, "more", every) == [int("1" * size)] * size
@@ -555,7 +558,7 @@ def launch_at_once(groups: int, size: int, torch_in: int) -> None:
             return [store, rpc(group, "rank")]
 
     threads = [Background(lambda i=i: one(i)) for i in range(groups)]
-    outcomes = [thread.result() for thread in threads]
+    outcomes = [thread.result(START) for thread in threads]
     assert [outcome[1] if isinstance(outcome, list) else outcome for outcome in outcomes] == [every] * groups
 
 
@@ -565,6 +568,7 @@ def test_groups_are_launched_at_once(group: ActorGroup) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2 * START)
 @pytest.mark.parametrize("turn", range(20))
 def test_eight_groups_of_four_are_launched_at_once(group: ActorGroup, turn: int) -> None:
     launch_at_once(groups=8, size=4, torch_in=2)
