@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from ray_shm.store import GroupStore
 
 SETTLE = 5.0  # seconds for threads and sockets that are on their way out
 WATCHDOG = 60.0  # seconds; only a hang comes near
+HANG = 20.0  # seconds; far below WATCHDOG, the timeout of the groups
 WORLD = [[0, 1, 2]]
 LOOPBACK = "127.0.77.1"  # nobody else binds here, so a port that was free stays free
 
@@ -106,6 +108,20 @@ class Pool:
 def free_port() -> int:
     with socket.create_server((LOOPBACK, 0)) as probe:
         return probe.getsockname()[1]
+
+
+def wait_until(reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + HANG
+    while not reached():
+        if time.monotonic() > deadline:
+            raise TimeoutError("this did not come about")
+        time.sleep(0.001)
+
+
+def alongside(work: Callable[[], Any]) -> threading.Thread:
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
 
 
 def open_handles() -> tuple[int, int]:

@@ -14,14 +14,25 @@ from functools import partial
 from typing import Any
 
 import pytest
-from rank_pool import LOOPBACK, WATCHDOG, Pool, Rank, free_port, growth, open_handles, serve_checks
+from rank_pool import (
+    HANG,
+    LOOPBACK,
+    WATCHDOG,
+    Pool,
+    Rank,
+    alongside,
+    free_port,
+    growth,
+    open_handles,
+    serve_checks,
+    wait_until,
+)
 
 from ray_shm.coordinator import StatelessGroupCoordinator
 from ray_shm.errors import GroupClosedError, PeerLostError, StartError
 from ray_shm.store import GroupStore
 
 REASON = "rank 2 raised ValueError('no such token')"
-HANG = 20.0  # seconds; far below WATCHDOG, the timeout of the groups
 
 
 class ReplacingPool(Pool):
@@ -74,20 +85,6 @@ def mortal_pool(pool: ReplacingPool) -> Iterator[ReplacingPool]:
     pool.start_reserve()
     yield pool
     pool.new_listener.close()
-
-
-def wait_until(reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + HANG
-    while not reached():
-        if time.monotonic() > deadline:
-            raise TimeoutError("this did not come about")
-        time.sleep(0.001)
-
-
-def alongside(work: Callable[[], Any]) -> threading.Thread:
-    thread = threading.Thread(target=work)
-    thread.start()
-    return thread
 
 
 def total(group: StatelessGroupCoordinator, size: int = 3) -> float:

@@ -14,14 +14,13 @@ from typing import Any
 
 import pytest
 from netns import Host, lay_cable
-from rank_pool import WATCHDOG, Pool, Rank, growth, open_handles
+from rank_pool import WATCHDOG, Pool, Rank, alongside, growth, open_handles, wait_until
 from reader_pool import Me
 
 from ray_shm.coordinator import StatelessGroupCoordinator
 from ray_shm.errors import GroupClosedError, PeerLostError, RemoteError, StartError
 
 REASON = "rank 2 raised ValueError('no such token')"
-HANG = 20.0  # seconds; far below WATCHDOG, the timeout of the groups
 PORT = 29500  # on hosts where nobody else is
 
 
@@ -39,20 +38,6 @@ def hosts() -> Iterator[tuple[Host, Host]]:
 
 def queue_group(me: Rank, name: str, **kwargs: Any) -> StatelessGroupCoordinator:
     return me.group(name, use_message_queue_broadcaster=True, **kwargs)
-
-
-def wait_until(reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + HANG
-    while not reached():
-        if time.monotonic() > deadline:
-            raise TimeoutError("this did not come about")
-        time.sleep(0.001)
-
-
-def alongside(work: Callable[[], Any]) -> threading.Thread:
-    thread = threading.Thread(target=work)
-    thread.start()
-    return thread
 
 
 def queue_maps() -> int:
