@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ray_shm.actors.bench_report import BenchReport
 
 # Ray, torch and what measures take a second to import: --help must not. So every command imports its own.
 
@@ -23,6 +27,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(options)
 
 
+def _run(report: BenchReport[Any, Any], measure: Callable[[], object], *errors: type[Exception]) -> int:
+    """The exit status. Prints what was measured, whatever ends it; `errors` are told in a line."""
+    try:
+        measure()
+    except KeyboardInterrupt:
+        print(f"ray-shm bench {report.bench}: interrupted", file=sys.stderr)
+        return 130
+    except errors as exc:
+        print(f"ray-shm bench {report.bench}: {exc}", file=sys.stderr)
+        return 1
+    finally:
+        report.finish()
+    return 0
+
+
+def _add_common(bench: argparse.ArgumentParser, calls: int, seconds: str) -> None:
+    """Args: calls: the default. seconds: of what, and the default."""
+    bench.add_argument("--calls", type=_positive, metavar="N", help=f"for each row at most (default: {calls})")
+    bench.add_argument("--seconds", type=float, help=f"for each {seconds}")
+    bench.add_argument("--json", action="store_true", help="JSON lines: the machine, then a line per row as it is done")
+
+
 # ---- bench rpc ----------------------------------------------------------------------------------------------------
 
 
@@ -32,11 +58,9 @@ def _add_rpc(rpc: argparse.ArgumentParser) -> None:
     rpc.add_argument("--workers", type=_positive, nargs="+", metavar="N", help="of noop (default: 1 2 4 8)")
     rpc.add_argument("--full", action="store_true", help="noop with 16 and 32 workers, too: takes a process for each")
     rpc.add_argument("--payload", type=_size, nargs="+", metavar="SIZE", help="of sizes, such as 100B, 1MiB or 256MiB")
-    rpc.add_argument("--calls", type=_positive, metavar="N", help="for each row at most (default: 2000)")
-    rpc.add_argument("--seconds", type=float, help="for each row of calls, about (default: 4)")
     rpc.add_argument("--kills", type=_positive, metavar="N", help="of each peer (default: 20)")
     rpc.add_argument("--quick", action="store_true", help="2 workers, every section for a moment: checks that it works")
-    rpc.add_argument("--json", action="store_true", help="JSON lines: the machine, then a line per row as it is done")
+    _add_common(rpc, 2000, "row of calls, about (default: 4)")
 
 
 def _bench_rpc(options: argparse.Namespace) -> int:
@@ -50,17 +74,7 @@ def _bench_rpc(options: argparse.Namespace) -> int:
     asked |= {"payloads": options.payload, "calls": options.calls, "seconds": options.seconds, "kills": options.kills}
     plan = Plan(**(QUICK if options.quick else {}) | {name: value for name, value in asked.items() if value})
     report = Report(options.json, plan.notes)
-    try:
-        bench_rpc(plan, report)
-    except KeyboardInterrupt:
-        print("ray-shm bench rpc: interrupted", file=sys.stderr)
-        return 130
-    except (RayShmError, RayError) as exc:
-        print(f"ray-shm bench rpc: {exc}", file=sys.stderr)
-        return 1
-    finally:
-        report.finish()
-    return 0
+    return _run(report, lambda: bench_rpc(plan, report), RayShmError, RayError)
 
 
 # ---- bench queue --------------------------------------------------------------------------------------------------
@@ -76,13 +90,11 @@ def _add_queue(queue: argparse.ArgumentParser) -> None:
         help='such as 100B 4KiB 64KiB 1MiB 16MiB 256MiB (the default) or 1GiB; "bytes" up to 1 KiB, else a NumPy array',
     )
     queue.add_argument("--channel", choices=["shm", "zmq"], nargs="+", help="of ours (default: both)")
-    queue.add_argument("--calls", type=_positive, metavar="N", help="for each row at most (default: 2000)")
-    queue.add_argument("--seconds", type=float, help="for each number of readers and payload, about (default: 6)")
     queue.add_argument("--touch", action="store_true", help="every reader sums all of the payload before it replies")
     queue.add_argument(
         "--quick", action="store_true", help="1 and 2 readers, 100B and 1MiB, 50 calls: checks that it works"
     )
-    queue.add_argument("--json", action="store_true", help="JSON lines: the machine, then a line per row as it is done")
+    _add_common(queue, 2000, "number of readers and payload, about (default: 6)")
     queue.add_argument("--plot", metavar="FILE.png", help="draw p50 over payload, too (needs matplotlib)")
 
 
@@ -112,21 +124,16 @@ def _bench_queue(options: argparse.Namespace) -> int:
     asked |= {"calls": options.calls, "seconds": options.seconds, "touch": options.touch}
     ladder = Ladder(**(QUICK if options.quick else {}) | {name: value for name, value in asked.items() if value})
     report = Report(options.json, ladder.warm_up_text, ladder.touch)
-    try:
+
+    def measure() -> None:
         if options.plot:
             require_plot()
         bench_queue(ladder, report)
-    except KeyboardInterrupt:
-        print("ray-shm bench queue: interrupted", file=sys.stderr)
-        return 130
-    except (BenchError, RayShmError, ModuleNotFoundError) as exc:
-        print(f"ray-shm bench queue: {exc}", file=sys.stderr)
-        return 1
-    finally:
-        report.finish()
-    if options.plot:
+
+    status = _run(report, measure, BenchError, RayShmError, ModuleNotFoundError)
+    if options.plot and status == 0:
         plot(report.rows, options.plot)
-    return 0
+    return status
 
 
 # ---- bench groups -------------------------------------------------------------------------------------------------
@@ -138,12 +145,8 @@ def _add_groups(groups: argparse.ArgumentParser) -> None:
     groups.add_argument("--only", choices=operations, nargs="+", metavar="OPERATION", help=f"of {' '.join(operations)}")
     groups.add_argument("--ranks", type=_ranks, nargs="+", metavar="N", help="(default: 2 3 4)")
     groups.add_argument("--payload", type=_size, nargs="+", metavar="SIZE", help="of each rank, such as 64KiB")
-    groups.add_argument("--calls", type=_positive, metavar="N", help="for each row at most (default: 500)")
-    groups.add_argument("--seconds", type=float, help="for each row, about (default: 1)")
     groups.add_argument("--quick", action="store_true", help="2 ranks, one size, 12 calls: checks that it works")
-    groups.add_argument(
-        "--json", action="store_true", help="JSON lines: the machine, then a line per row as it is done"
-    )
+    _add_common(groups, 500, "row, about (default: 1)")
 
 
 def _ranks(text: str) -> int:
@@ -162,14 +165,4 @@ def _bench_groups(options: argparse.Namespace) -> int:
     asked |= {"calls": options.calls, "seconds": options.seconds}
     plan = Plan(**(QUICK if options.quick else {}) | {name: value for name, value in asked.items() if value})
     report = Report(options.json, plan.notes)
-    try:
-        bench_groups(plan, report)
-    except KeyboardInterrupt:
-        print("ray-shm bench groups: interrupted", file=sys.stderr)
-        return 130
-    except BenchError as exc:
-        print(f"ray-shm bench groups: {exc}", file=sys.stderr)
-        return 1
-    finally:
-        report.finish()
-    return 0
+    return _run(report, lambda: bench_groups(plan, report), BenchError)

@@ -57,6 +57,8 @@ class GroupDirectory:
     def create(self, groups: Groups, backend: str, deadline: Deadline) -> None:
         """See ActorGroup.create_groups."""
         plans = require_groups(groups, self._dispatcher.world_size, backend)
+        if self._dispatcher.refusing:
+            raise closed_error()
         if not plans:
             return
         self._require_free(plans)
@@ -65,8 +67,8 @@ class GroupDirectory:
         try:
             with self._ordering(deadline):
                 self._require_free(plans)
-                with self._releaser.new_epoch() as epoch:
-                    call = self._order_form(plans, epoch, deadline)
+                epoch = self._releaser.new_epoch()
+                call = self._order_form(plans, epoch, deadline)
                 self._plans.update(plans)
             self._dispatcher.wait(call, deadline)
             call.outcome()

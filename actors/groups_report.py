@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import statistics
-import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from rich import box
 from rich.table import Table
 
-from ray_shm.actors.bench_report import figure_text, machine, machine_text, print_line, table_console
+from ray_shm.actors.bench_report import BenchReport, figure_text
 from ray_shm.size_text import size_text
 
-_PACKAGES = ("ray-shm", "torch")
 OURS = "ray-shm"
 TITLES = {
     "all_reduce": "sum of float32",
@@ -58,6 +55,11 @@ class LeftOut:
     ranks: int | None
     reason: str
 
+    @property
+    def place(self) -> str:
+        ranks = f" with {self.ranks} ranks" if self.ranks else ""
+        return f" in {self.operation}{ranks}" if self.operation else ranks
+
 
 def make_rows(operation: str, ranks: int, payload_bytes: int | None, times: Mapping[str, Sequence[float]]) -> list[Row]:
     """A row for each peer. Args: times: µs of each sample, by peer; on CUDA, ours there is what is compared with."""
@@ -83,39 +85,11 @@ def _at(times: Sequence[float], share: float) -> float:
     return round(ordered[min(len(ordered) - 1, int(len(ordered) * share))], 2)
 
 
-class Report:
-    """Collects rows; prints JSON lines as they come, or the tables at the end; says on standard error what is done."""
+class Report(BenchReport[Row, LeftOut]):
+    bench = "groups"
+    packages = ("ray-shm", "torch")
 
-    def __init__(self, as_json: bool, notes: str) -> None:
-        self.as_json = as_json
-        self.rows: list[Row] = []
-        self.left_out: list[LeftOut] = []
-        self._notes = notes
-        self._begun = time.monotonic()
-        if as_json:
-            print_line("machine", machine(_PACKAGES) | {"notes": notes})
-
-    def progress(self, text: str) -> None:
-        print(f"ray-shm bench groups [{time.monotonic() - self._begun:5.1f} s] {text}", file=sys.stderr, flush=True)
-
-    def add(self, rows: Sequence[Row]) -> None:
-        self.rows += rows
-        if self.as_json:
-            for row in rows:
-                print_line("row", asdict(row))
-
-    def leave_out(self, left_out: LeftOut) -> None:
-        self.left_out.append(left_out)
-        if self.as_json:
-            print_line("left out", asdict(left_out))
-
-    def finish(self) -> None:
-        """Print what is not printed yet; also after a failure, with the rows so far."""
-        if not self.as_json and self.rows:
-            out = table_console(sys.stdout)
-            out.print(machine_text(), "", *self._tables(), self._notes, *map(_left_out_text, self.left_out), sep="\n")
-
-    def _tables(self) -> Iterator[Table]:
+    def tables(self) -> Iterator[Table]:
         for operation in TITLES:
             rows = [row for row in self.rows if row.operation == operation]
             if rows:
@@ -146,9 +120,3 @@ def _compared(row: Row) -> str:
     if row.ratio is None:
         return ""
     return f"{row.ratio:.2f} × faster" if row.ratio >= 1 else f"{1 / row.ratio:.2f} × slower"
-
-
-def _left_out_text(item: LeftOut) -> str:
-    ranks = f" with {item.ranks} ranks" if item.ranks else ""
-    operation = f" in {item.operation}" if item.operation else ""
-    return f"Left out: {item.peer}{operation}{ranks}: {item.reason}"

@@ -203,10 +203,9 @@ class Healer:
                 runtime.board.clear(rank)
         if 0 in places:
             runtime.store = recruiter.hold_port(places[0][1], deadline)
-        with runtime.releaser.new_epoch() as epoch:
-            queues = (runtime.requests.handle, runtime.control.handle)
-            lines = Lines(*queues, runtime.store, epoch, True, runtime.directory.plans)
-            started = recruiter.start(places, lines, deadline, logger.info)
+        queues = (runtime.requests.handle, runtime.control.handle)
+        lines = Lines(*queues, runtime.store, runtime.releaser.new_epoch(), True, runtime.directory.plans)
+        started = recruiter.start(places, lines, deadline, logger.info)
         for rank in places:
             runtime.requests.readmit(rank)
             runtime.control.readmit(rank)
@@ -215,8 +214,7 @@ class Healer:
             self._take_up(rank, place, recruit, started[rank])
         runtime.dispatcher.epoch += 1
         # The replacements, too: the living may have ordered a formation after these started, or since they are back.
-        with runtime.releaser.new_epoch() as epoch:
-            runtime.directory.order_reform(epoch, deadline)
+        runtime.directory.order_reform(runtime.releaser.new_epoch(), deadline)
         for rank, death in list(runtime.dead.items()):  # died meanwhile: the replacements do not know
             why = f"pid {death.pid} on node {death.node} died while others were replaced"
             runtime.releaser.release_dead(rank, why)

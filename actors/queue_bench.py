@@ -128,7 +128,7 @@ def bench_queue(ladder: Ladder, report: Report) -> None:
     """
     if not iceoryx_peer.is_installed():
         report.leave_out(LeftOut("iceoryx2", None, None, "the package iceoryx2 is not installed"))
-    with _private_folder() as folder, report.progress(len(ladder.cells())) as progress:
+    with _private_folder() as folder, report.bar(len(ladder.cells())) as progress:
         with WorkerPool(max(ladder.readers)) as pool:
             run = _Run(ladder, report, progress, pool, folder)
             for cell in ladder.cells():

@@ -13,11 +13,10 @@ from rich import progress as rich_progress
 from rich.console import Console
 from rich.table import Table
 
-from ray_shm.actors.bench_report import figure_text, machine, machine_text, print_line, table_console
+from ray_shm.actors.bench_report import BenchReport, figure_text, machine_text
 from ray_shm.actors.queue_peers import Cell
 from ray_shm.size_text import size_text
 
-_PACKAGES = ("ray-shm", "numpy", "pyzmq", "iceoryx2")
 _LOOKS = {  # of each peer's line: color-blind safe colors (Okabe and Ito), floors in grey
     "ray-shm shm": ("#d55e00", "o", "-"),
     "ray-shm zmq": ("#0072b2", "o", "-"),
@@ -64,6 +63,10 @@ class LeftOut:
     payload_bytes: int | None
     reason: str
 
+    @property
+    def place(self) -> str:
+        return f", {cell_text(self.payload_bytes, self.readers)}" if self.payload_bytes and self.readers else ""
+
 
 @dataclass(frozen=True)
 class Idle:
@@ -83,39 +86,24 @@ def cell_text(payload_bytes: int, readers: int) -> str:
     return f"{size_text(payload_bytes)} to {readers} reader{'s' * (readers > 1)}"
 
 
-class Report:
-    """Collects rows; prints JSON lines as they come, or the table at the end. warm_up: the sentence on such calls."""
+class Report(BenchReport[Row, LeftOut]):
+    """idle: what waiting costs, once that is measured."""
+
+    bench = "queue"
+    packages = ("ray-shm", "numpy", "pyzmq", "iceoryx2")
 
     def __init__(self, as_json: bool, warm_up: str, touch: bool) -> None:
-        self.as_json = as_json
-        self.rows: list[Row] = []
-        self.left_out: list[LeftOut] = []
+        """warm_up: the sentence on such calls."""
+        super().__init__(as_json, f"{NOTES} {'Readers sum the payload. ' if touch else ''}{warm_up}")
         self.idle: Idle | None = None
-        self._notes = f"{NOTES} {'Readers sum the payload. ' if touch else ''}{warm_up}"
-        if as_json:
-            print_line("machine", machine(_PACKAGES) | {"notes": self._notes})
-
-    def add(self, rows: Sequence[Row]) -> None:
-        self.rows += rows
-        if self.as_json:
-            for row in rows:
-                print_line("row", asdict(row))
-
-    def leave_out(self, left_out: LeftOut) -> None:
-        self.left_out.append(left_out)
-        if self.as_json:
-            print_line("left out", asdict(left_out))
 
     def finish(self) -> None:
-        """Print what is not printed yet; also after a failure, with the rows so far."""
-        if self.as_json:
-            if self.idle is not None:
-                print_line("idle", asdict(self.idle))
-        elif self.rows:
-            table_console().print(self._table(), *self._lines(), sep="\n")
+        super().finish()
+        if self.as_json and self.idle is not None:
+            self.print_line("idle", asdict(self.idle))
 
     @contextlib.contextmanager
-    def progress(self, cells: int) -> Iterator[Progress]:
+    def bar(self, cells: int) -> Iterator[Progress]:
         """A line on standard error, if that is a terminal."""
         columns = (rich_progress.TextColumn("{task.description}"), rich_progress.BarColumn(30))
         console = Console(stderr=True)
@@ -125,9 +113,8 @@ class Report:
         ) as bar:
             yield Progress(bar, cells)
 
-    def _table(self) -> Table:
-        title = f"Call and reply over queue pairs: {machine_text()}"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    def tables(self) -> Iterator[Table]:
+        table = Table(title="Call and reply over queue pairs", title_justify="left", box=box.SIMPLE_HEAD)
         for name in ("payload", "readers", "peer"):
             table.add_column(name, no_wrap=True)
         for name in ("calls", "p50 µs", "p90 µs", "p99 µs", "GB/s", "CPU µs", "÷ ours"):
@@ -140,7 +127,7 @@ class Report:
             first = ("", "") if before == cell else (size_text(row.payload_bytes), str(row.readers))
             table.add_row(*first, *self._cells(row))
             before = cell
-        return table
+        yield table
 
     def _cells(self, row: Row) -> list[str]:
         ours = next(r for r in self.rows if (r.payload_bytes, r.readers) == (row.payload_bytes, row.readers))
@@ -149,19 +136,15 @@ class Report:
         p50, p90, p99, cpu = (figure_text(value) for value in (row.p50_us, row.p90_us, row.p99_us, row.cpu_us))
         return [row.peer, f"{row.calls:,}", p50, p90, p99, speed, cpu, ratio]
 
-    def _lines(self) -> list[str]:
-        lines = [self._notes]
-        for item in self.left_out:
-            where = f", {cell_text(item.payload_bytes, item.readers)}" if item.payload_bytes and item.readers else ""
-            lines.append(f"Left out: {item.peer}{where}: {item.reason}")
-        if self.idle is not None:
-            idle = self.idle
-            lines.append(
-                f"Idle: {idle.peer}, {idle.readers} readers, {idle.seconds:g} s: {idle.cpu_percent:g} % of one core in "
-                f"all processes together; wake-ups per second: {idle.wake_ups_per_s_mean:g} in a reader on average, "
-                f"{idle.wake_ups_per_s_worst:g} at most, {idle.wake_ups_per_s_driver:g} in the driver."
-            )
-        return lines
+    def closing(self) -> Sequence[str]:
+        idle = self.idle
+        if idle is None:
+            return ()
+        return [
+            f"Idle: {idle.peer}, {idle.readers} readers, {idle.seconds:g} s: {idle.cpu_percent:g} % of one core in all "
+            f"processes together; wake-ups per second: {idle.wake_ups_per_s_mean:g} in a reader on average, "
+            f"{idle.wake_ups_per_s_worst:g} at most, {idle.wake_ups_per_s_driver:g} in the driver."
+        ]
 
 
 class Progress:

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from ray_shm.actors import wire
@@ -115,13 +115,11 @@ class Releaser:
         finally:
             self._lock.release()
 
-    @contextlib.contextmanager
-    def new_epoch(self) -> Iterator[int]:
+    def new_epoch(self) -> int:
         """The number of a formation of all groups that the caller is about to order."""
         with self._lock:
             self._epoch += 1
-            epoch = self._epoch
-        yield epoch
+            return self._epoch
 
     def order_reform(
         self,

@@ -5,18 +5,16 @@ from __future__ import annotations
 import contextlib
 import statistics
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from rich import box
 from rich.table import Table
 
-from ray_shm.actors.bench_report import figure_text, machine, machine_text, print_line, table_console
+from ray_shm.actors.bench_report import BenchReport, figure_text
 from ray_shm.size_text import size_text
 
-_PACKAGES = ("ray-shm", "ray", "torch", "torchmonarch", "numpy")
 TITLES = {
     "noop": "no-op call with 100 B, back to back",
     "paced": "the same, one call per millisecond",
@@ -62,6 +60,14 @@ class LeftOut:
     payload_bytes: int | None
     reason: str
 
+    @property
+    def place(self) -> str:
+        size = f"{size_text(self.payload_bytes)}, " if self.payload_bytes else ""
+        workers = f"{self.workers} workers" if self.workers else ""
+        if self.section:
+            return f" in {self.section} ({size}{workers})"
+        return f" with {workers}" if workers else ""
+
 
 def make_row(section: str, peer: str, workers: int, payload_bytes: int | None, times_us: Sequence[float]) -> Row:
     """p90 and p99 are samples, the next above: of fewer than 100 samples, p99 is the worst."""
@@ -75,58 +81,25 @@ def make_row(section: str, peer: str, workers: int, payload_bytes: int | None, t
     return Row(section, peer, workers, payload_bytes, len(ordered), p50, at(0.9), at(0.99), rate)
 
 
-class Report:
-    """Collects rows; prints JSON lines as they come, or the tables at the end; says on standard error what is done.
-
-    What it prints goes to what is standard output when it is made; see `apart`.
-    """
-
-    def __init__(self, as_json: bool, notes: str) -> None:
-        self.as_json = as_json
-        self.rows: list[Row] = []
-        self.left_out: list[LeftOut] = []
-        self._notes = notes
-        self._begun = time.monotonic()
-        self._out = sys.stdout
-        if as_json:
-            print_line("machine", machine(_PACKAGES) | {"notes": notes}, self._out)
-
-    def progress(self, text: str) -> None:
-        print(f"ray-shm bench rpc [{time.monotonic() - self._begun:5.1f} s] {text}", file=sys.stderr, flush=True)
+class Report(BenchReport[Row, LeftOut]):
+    bench = "rpc"
+    packages = ("ray-shm", "ray", "torch", "torchmonarch", "numpy")
 
     def apart(self) -> AbstractContextManager[object]:
         """What others print inside goes to standard error: Ray prints a paragraph for every worker that is killed."""
         return contextlib.redirect_stdout(sys.stderr)
 
-    def add(self, rows: Sequence[Row]) -> None:
-        self.rows += rows
-        if self.as_json:
-            for row in rows:
-                print_line("row", asdict(row), self._out)
-
     def leave_out(self, left_out: LeftOut) -> None:
-        """Once for each reason."""
-        if left_out in self.left_out:
-            return
-        self.left_out.append(left_out)
-        if self.as_json:
-            print_line("left out", asdict(left_out), self._out)
-        else:
-            self.progress(_left_out_text(left_out))
+        """Once for each reason; the rest takes minutes, so it is said at once."""
+        if not self.as_json and left_out not in self.left_out:
+            self.progress(f"Left out: {left_out.peer}{left_out.place}: {left_out.reason}")
+        super().leave_out(left_out)
 
-    def finish(self) -> None:
-        """Print what is not printed yet; also after a failure, with the rows so far."""
-        if not self.as_json and self.rows:
-            table_console(self._out).print(machine_text(), "", *self._tables(), *self._lines(), sep="\n")
-
-    def _tables(self) -> Iterator[Table]:
+    def tables(self) -> Iterator[Table]:
         for section in TITLES:
             rows = sorted((row for row in self.rows if row.section == section), key=lambda row: row.cell)
             if rows:
                 yield _table(section, rows)
-
-    def _lines(self) -> list[str]:
-        return [self._notes, *(_left_out_text(item) for item in self.left_out)]
 
 
 def _table(section: str, rows: Sequence[Row]) -> Table:
@@ -161,10 +134,3 @@ def _compared(row: Row, rows: Sequence[Row]) -> str:
         return ""
     ratio = row.p50_us / ours.p50_us
     return f"{ratio:.2f} × faster" if ratio >= 1 else f"{1 / ratio:.2f} × slower"
-
-
-def _left_out_text(item: LeftOut) -> str:
-    size = f"{size_text(item.payload_bytes)}, " if item.payload_bytes else ""
-    workers = f"{item.workers} workers" if item.workers else ""
-    place = f" in {item.section} ({size}{workers})" if item.section else f" with {workers}" if workers else ""
-    return f"Left out: {item.peer}{place}: {item.reason}"

@@ -75,7 +75,8 @@ class GroupConnection:
         self._reason_wait = reason_wait
         self._own_store: GroupStore | None = None  # this rank serves it; it stays for the next epoch
         self._connecting = threading.Lock()
-        self._ending = threading.Lock()  # held for a few instructions: `release` never waits for the owner's thread
+        # Held for a few instructions: `release` never waits for the owner's thread, nor does one by a signal's handler.
+        self._ending = threading.RLock()
         self._release = Release()
         self._begun: Formation[_Formed] | None = None  # by `begin`, which did not wait for its end
         self._ended: RayShmError | None = None

@@ -146,6 +146,30 @@ class Faulty:
         return self.kept
 
 
+class Background:
+    """A function on a thread, and what became of it."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self._outcome: object = None
+        self._thread = threading.Thread(target=self._run, args=(function,))
+        self._thread.start()
+
+    def _run(self, function: Callable[[], object]) -> None:
+        try:
+            self._outcome = function()
+        except Exception as exc:
+            self._outcome = exc
+
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
+    def result(self, timeout: float = HANG) -> object:
+        self._thread.join(timeout)
+        assert not self._thread.is_alive()
+        return self._outcome
+
+
 def wait_for(condition: Callable[[], object], what: str) -> None:
     deadline = time.monotonic() + HANG
     while not condition():

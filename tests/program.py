@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,3 +20,11 @@ def start(code: str, *args: str, folder: Path) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
+
+
+def interrupt(process: subprocess.Popen[str], line: str, timeout: float) -> tuple[str, str]:
+    """Ctrl-C, once it has written a line that ends with `line` to standard error; what it wrote to both after that."""
+    assert process.stderr is not None
+    next(said for said in process.stderr if said.rstrip("\n").endswith(line))
+    process.send_signal(signal.SIGINT)
+    return process.communicate(timeout=timeout)

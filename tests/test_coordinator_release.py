@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
-import os
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import pytest
@@ -24,7 +21,7 @@ from rank_pool import (
     free_port,
     growth,
     open_handles,
-    serve_checks,
+    total,
     wait_until,
 )
 
@@ -35,62 +32,11 @@ from ray_shm.store import GroupStore
 REASON = "rank 2 raised ValueError('no such token')"
 
 
-class ReplacingPool(Pool):
-    """After `start_reserve`, ranks 2 and 0 have another process each; the one for rank 0 serves a store of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reserve: dict[int, tuple[Any, Any]] = {}
-
-    def start_reserve(self) -> None:
-        spawn = mp.get_context("spawn")
-        self.new_listener = socket.create_server(("127.0.0.1", 0))
-        self.new_port = self.new_listener.getsockname()[1]
-        for rank, listener in ((2, self.listener), (0, self.new_listener)):
-            here, there = spawn.Pipe()
-            args = (rank, listener, listener.getsockname()[1], there)
-            process = spawn.Process(target=serve_checks, args=args, daemon=True)
-            process.start()
-            there.close()
-            self.reserve[rank] = here, process
-
-    def bury(self, rank: int) -> None:
-        """Waits for the end of the rank's process, and puts the one in reserve in its place."""
-        self.processes[rank].join(WATCHDOG)
-        self._swap(rank)
-
-    def _swap(self, rank: int) -> None:
-        pipe, process = self.pipes[rank], self.processes[rank]
-        process.kill()
-        process.join()
-        pipe.close()
-        process.close()
-        self.pipes[rank], self.processes[rank] = self.reserve.pop(rank)
-
-    def close(self) -> list[int | None]:
-        for rank in list(self.reserve):
-            self._swap(rank)
-        return super().close()
-
-
 @pytest.fixture(scope="module")
-def pool() -> Iterator[ReplacingPool]:
-    pool = ReplacingPool()
+def pool() -> Iterator[Pool]:
+    pool = Pool()
     yield pool
     pool.close()
-
-
-@pytest.fixture(scope="module")
-def mortal_pool(pool: ReplacingPool) -> Iterator[ReplacingPool]:
-    pool.start_reserve()
-    yield pool
-    pool.new_listener.close()
-
-
-def total(group: StatelessGroupCoordinator, size: int = 3) -> float:
-    import torch
-
-    return float(group.all_reduce(torch.full((size,), 10.0**group.rank))[0])
 
 
 # While an operation waits for a rank that does not come
@@ -152,7 +98,7 @@ def check_reformed(me: Rank, epoch: int, connect: bool = False, name: str = "") 
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_release_ends_an_operation_and_the_group_is_formed_again(pool: ReplacingPool, name: str) -> None:
+def test_release_ends_an_operation_and_the_group_is_formed_again(pool: Pool, name: str) -> None:
     first = None
     for rank, (inside, text) in enumerate(pool.run(check_released, name)[:2]):
         where = f"coordinator group '{name}/0/0' (global ranks [0, 1, 2], this rank {rank})"
@@ -191,7 +137,7 @@ def check_absent_member(me: Rank) -> None:
     released_while(lambda: group.cpu_group, group, lambda: me.store.prefix("absent/1/0").check(["rank/0"]))
 
 
-def test_released_while_members_are_absent(pool: ReplacingPool) -> None:
+def test_released_while_members_are_absent(pool: Pool) -> None:
     pool.run(check_absent_member)
     pool.run(check_reformed, 2)
 
@@ -233,7 +179,7 @@ def check_half_connected(me: Rank) -> None:
         ProcessGroups(meeting, "gloo", torch.device("cpu"))
 
 
-def test_released_while_gloo_waits_for_a_member_that_stopped_half_way(pool: ReplacingPool) -> None:
+def test_released_while_gloo_waits_for_a_member_that_stopped_half_way(pool: Pool) -> None:
     pool.run(check_half_connected)
     pool.run(check_reformed, 1)
 
@@ -257,7 +203,7 @@ def check_no_store(me: Rank, port: int) -> None:
     assert growth(before) == (0, 0)
 
 
-def test_released_while_waiting_for_the_store(pool: ReplacingPool) -> None:
+def test_released_while_waiting_for_the_store(pool: Pool) -> None:
     pool.run(check_no_store, free_port(), ranks=(1,))
 
 
@@ -293,7 +239,7 @@ def check_interrupted(me: Rank) -> None:
     assert growth(before) == (0, 0)
 
 
-def test_a_signal_interrupts_the_forming(pool: ReplacingPool) -> None:
+def test_a_signal_interrupts_the_forming(pool: Pool) -> None:
     pool.run(check_interrupted)
     pool.run(check_reformed, 1)
 
@@ -332,7 +278,7 @@ def check_interrupted_inside(me: Rank) -> None:
             group.reduce_scatter(torch.ones(3), timeout=0.5)
 
 
-def test_a_signal_in_an_operation_ends_the_group(pool: ReplacingPool) -> None:
+def test_a_signal_in_an_operation_ends_the_group(pool: Pool) -> None:
     """Else what is under way would be taken for a part of the next operation, or be waited for in vain."""
     pool.run(check_interrupted_inside)
     pool.run(check_reformed, 1)
@@ -368,7 +314,7 @@ def check_idle(me: Rank) -> None:
     assert growth(before) == (0, 0)
 
 
-def test_released_while_idle(pool: ReplacingPool) -> None:
+def test_released_while_idle(pool: Pool) -> None:
     pool.run(check_idle)
 
 
@@ -388,13 +334,29 @@ def check_destroyed_inside(me: Rank) -> None:
     thread.join()
 
 
-def test_destroyed_by_another_thread_during_an_operation(pool: ReplacingPool) -> None:
+def test_destroyed_by_another_thread_during_an_operation(pool: Pool) -> None:
     pool.run(check_destroyed_inside)
     pool.run(check_destroy, ranks=(2,))
 
 
 def check_destroy(me: Rank) -> None:
     me.kept.pop("group").destroy()
+
+
+def check_released_by_a_handler(me: Rank) -> None:
+    group = me.group("handler")
+    assert total(group) == 111.0
+    previous = signal.signal(signal.SIGUSR1, lambda *_: group.release(REASON))
+    with group._link._ending:  # which the thread that the signal interrupts may hold just then
+        signal.raise_signal(signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, previous)
+    with pytest.raises(PeerLostError, match="rank 2 raised ValueError"):
+        total(group)
+    group.destroy()
+
+
+def test_released_by_a_signals_handler_amid_a_change_of_state(pool: Pool) -> None:
+    pool.run(check_released_by_a_handler)
 
 
 # What does not belong to the group
@@ -437,7 +399,7 @@ def check_own_connections(me: Rank) -> None:
     other.destroy()
 
 
-def test_connections_of_others_are_not_touched(pool: ReplacingPool) -> None:
+def test_connections_of_others_are_not_touched(pool: Pool) -> None:
     pool.run(check_own_connections)
 
 
@@ -456,140 +418,3 @@ def test_a_closed_descriptor_that_is_used_again_is_not_shut_down() -> None:
         again.sendall(b"x")
         assert other.recv(1) == b"x"
         assert ref.addresses() == (None, None)
-
-
-# Again and again
-
-
-def check_many_cycles(me: Rank, cycles: int) -> tuple[int, int]:
-    group = me.group("many")
-    before = open_handles()
-    for epoch in range(1, cycles + 1):
-        assert total(group) == 111.0
-        if epoch % 2 or me.rank == 2:
-            group.release(REASON)
-        else:
-            over = threading.Event()  # rank 2 may have ended the operation before this thread could see it
-            inside = partial(lambda over: over.is_set() or group.operation is not None, over)
-            thread = alongside(lambda inside=inside: (wait_until(inside), group.release(REASON)))
-            with pytest.raises(PeerLostError):
-                group.recv_object(2)
-            over.set()
-            thread.join()
-        group.reform(epoch)
-    assert total(group) == 111.0
-    grown = growth(before)
-    group.destroy()
-    return grown
-
-
-def test_cycles_leave_descriptors_and_threads_flat(pool: ReplacingPool) -> None:
-    assert pool.run(check_many_cycles, 100) == [(0, 0)] * 3
-
-
-def check_own_store_cycles(me: Rank, port: int) -> None:
-    with me.group("own store", coord_store=None, group_ports=[[port]], host=LOOPBACK) as group:
-        for epoch in range(1, 6):
-            assert total(group) == 111.0
-            group.release(REASON)
-            group.reform(epoch)
-        assert total(group) == 111.0
-        group.barrier()
-
-
-def test_a_group_with_its_own_store_is_formed_again_on_it(pool: ReplacingPool) -> None:
-    port = free_port()
-    pool.run(check_own_store_cycles, port)
-    socket.create_server((LOOPBACK, port)).close()  # free again
-
-
-# The store
-
-
-def check_closed_while_waiting(me: Rank) -> None:
-    listener = socket.create_server((LOOPBACK, 0))
-    server = GroupStore.serve(listener)
-    client = GroupStore.connect(LOOPBACK, server.port)
-    errors: list[BaseException] = []
-
-    def wait(store: Any, key: str) -> None:
-        try:
-            store.set(f"{key} waits", "")
-            store.wait([key], timedelta(seconds=1))
-        except RuntimeError as exc:
-            errors.append(exc)
-
-    other = client.prefix("")
-    stores = {"client": GroupStore.connect(LOOPBACK, server.port), "server": server}
-    threads = [alongside(partial(wait, store.prefix(""), key)) for key, store in stores.items()]
-    wait_until(lambda: other.check(["client waits", "server waits"]))
-    for store in stores.values():
-        store.close()
-    client.close()
-    other.set("client", "")  # one gets its key, the other its timeout
-    for thread in threads:
-        thread.join()
-    assert len(errors) == 1
-    del stores, threads
-    with GroupStore.serve(socket.create_server((LOOPBACK, 0))) as new:
-        GroupStore.connect(LOOPBACK, new.port).prefix("").set("key", "1")
-        assert new.prefix("").get("key") == b"1"
-
-
-def test_a_store_is_closed_while_threads_wait_in_it(pool: ReplacingPool) -> None:
-    pool.run(check_closed_while_waiting, ranks=(1,))
-
-
-# Deaths; the last tests of the module
-
-
-def reduce_for_ever(group: StatelessGroupCoordinator) -> None:
-    while True:
-        total(group)
-
-
-def check_death(me: Rank, victim: int) -> str:
-    """The victim is killed in a reduction; a survivor that got no error from its own connections is released."""
-    me.kept["group"] = group = me.group(f"death of {victim}")
-    survivors = me.group(f"survivors of {victim}", [[r for r in range(3) if r != victim], [victim]])
-    pid = group.broadcast_object(os.getpid(), victim)
-
-    def die_or_release() -> None:
-        if me.rank == victim:
-            wait_until(lambda: group.operation == "all_reduce")
-            os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not os.path.exists(f"/proc/{pid}"))
-        group.release(REASON)
-
-    thread = threading.Thread(target=die_or_release)
-    total(group)
-    thread.start()
-    with pytest.raises(PeerLostError) as caught:
-        reduce_for_ever(group)
-    thread.join()
-    assert total(survivors) == sum(10.0**r for r in survivors.ranks)
-    survivors.destroy()
-    return str(caught.value)
-
-
-def check_new_member(me: Rank, name: str, port: int | None) -> None:
-    if port is not None and me.rank != 0:
-        me.store = GroupStore.connect("127.0.0.1", port, WATCHDOG)
-    if "group" in me.kept:
-        me.kept["group"].reform(1, me.store)
-    else:
-        me.kept["group"] = me.group(name, epoch=1)
-    assert total(me.kept["group"]) == 111.0
-    me.kept["group"].barrier()
-    me.kept.pop("group").destroy()
-
-
-@pytest.mark.parametrize("victim", [2, 0], ids=["a member", "the owner of the store"])
-def test_killed_rank_is_replaced_and_the_group_formed_again(mortal_pool: ReplacingPool, victim: int) -> None:
-    mortal_pool.start(check_death, victim)
-    mortal_pool.bury(victim)
-    for rank in sorted({0, 1, 2} - {victim}):
-        text = mortal_pool.result(rank)
-        assert text.startswith("all_reduce ")
-        assert f"coordinator group 'death of {victim}/0/0' (global ranks [0, 1, 2], this rank {rank})" in text
-    mortal_pool.run(check_new_member, f"death of {victim}", None if victim else mortal_pool.new_port)

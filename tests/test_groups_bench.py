@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
+from pathlib import Path
 
 import leaks
 import pytest
+from program import interrupt, start
 
 from ray_shm.actors import cli
 from ray_shm.actors.groups_report import TITLES, LeftOut, Report, make_rows
@@ -24,15 +22,8 @@ sys.exit(status)
 """
 
 
-def start(*args: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", RUN, *args]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}, start_new_session=True
-    )
-
-
-def check_a_run(ranks: str, *args: str) -> None:
-    with start("--json", "--ranks", ranks, *args) as process:
+def check_a_run(folder: Path, ranks: str, *args: str) -> None:
+    with start(RUN, "--json", "--ranks", ranks, *args, folder=folder) as process:
         out, err = process.communicate(timeout=WATCHDOG)
     assert process.returncode == 0, err
     assert err.splitlines()[-1].strip() == "imported"  # no Ray
@@ -57,27 +48,26 @@ def check_a_run(ranks: str, *args: str) -> None:
             assert row["ratio"] > 0
 
 
-def test_a_quick_run_has_a_sane_row_of_every_peer() -> None:
-    check_a_run("2", "--quick")
+def test_a_quick_run_has_a_sane_row_of_every_peer(folder: Path) -> None:
+    check_a_run(folder, "2", "--quick")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", ["3", "4"])
-def test_so_has_one_with_more_ranks(ranks: str) -> None:
-    check_a_run(ranks, "--quick", "--payload", "1KiB", "1MiB")
+def test_so_has_one_with_more_ranks(ranks: str, folder: Path) -> None:
+    check_a_run(folder, ranks, "--quick", "--payload", "1KiB", "1MiB")
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_it_with_the_table_so_far_and_no_process() -> None:
-    with start("--ranks", "2", "--only", "barrier", "all_reduce", "--payload", "1KiB", "--seconds", "600") as process:
-        assert process.stderr is not None
-        next(line for line in process.stderr if line.endswith("2 ranks: all_reduce\n"))
-        os.kill(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=WATCHDOG)
+def test_ctrl_c_ends_it_with_the_table_so_far_and_no_process(folder: Path) -> None:
+    before = leaks.marked_processes()
+    arguments = ["--ranks", "2", "--only", "barrier", "all_reduce", "--payload", "1KiB", "--seconds", "600"]
+    with start(RUN, *arguments, folder=folder) as process:
+        out, err = interrupt(process, "2 ranks: all_reduce", WATCHDOG)
     assert process.returncode == 130, err
     assert "ray-shm bench groups: interrupted" in err
     assert "barrier" in out
-    assert leaks.marked_processes() == []
+    assert leaks.marked_processes() == before
 
 
 def test_the_tables_compare_each_cell_with_ours(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 import os
 import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faulty_worker import HANG, VICTIM, Faulty, kill, wait_for
+from faulty_worker import HANG, VICTIM, Background, Faulty, kill, wait_for
 
 import ray_shm
 from ray_shm import ActorGroup, GroupClosedError, StartError
@@ -46,26 +45,6 @@ def gate(tmp_path: Path) -> Iterator[Gate]:
     gate = Gate(tmp_path / "orders")
     yield gate
     gate.open()
-
-
-class Background:
-    """A function on a thread, and what became of it."""
-
-    def __init__(self, function: Callable[[], object]) -> None:
-        self.outcome: object = None
-        self._thread = threading.Thread(target=self._run, args=(function,))
-        self._thread.start()
-
-    def _run(self, function: Callable[[], object]) -> None:
-        try:
-            self.outcome = function()
-        except Exception as exc:
-            self.outcome = exc
-
-    def result(self) -> object:
-        self._thread.join(HANG)
-        assert not self._thread.is_alive()
-        return self.outcome
 
 
 def launch(gate: Gate, auto_heal: bool = False) -> ActorGroup:

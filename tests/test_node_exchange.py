@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rank_pool import SETTLE, WATCHDOG, Pool, Rank
+from rank_pool import SETTLE, WATCHDOG, Pool, Rank, total
 from test_process_group_queues import in_another_mount_namespace, may_hide, own_pid
 
 from ray_shm.coordinator import StatelessGroupCoordinator
@@ -203,12 +203,6 @@ def lost(operation: Callable[[], Any]) -> PeerLostError:
     with pytest.raises(PeerLostError) as caught:
         operation()
     return caught.value
-
-
-def total(group: StatelessGroupCoordinator, length: int = 3) -> float:
-    import torch
-
-    return float(group.all_reduce(torch.full((length,), 10.0**group.rank))[0])
 
 
 def check_late(me: Rank, length: int) -> None:

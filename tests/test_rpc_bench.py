@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from typing import Any
 import leaks
 import psutil
 import pytest
-from program import start
+from program import interrupt, start
 
 from ray_shm.actors import cli, rpc_bench
 from ray_shm.actors.rpc_report import TITLES, LeftOut, Report, make_row
@@ -66,15 +65,13 @@ def assert_sane(row: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_ends_it_with_the_table_so_far_and_no_process(folder: Path) -> None:
+    before = leaks.marked_processes()
     arguments = ["--quick", "--only", "paced", "hog", "--seconds", "600", "--calls", "1000000000"]
     with start(RUN, *arguments, folder=folder) as process:
-        assert process.stderr is not None
-        next(line for line in process.stderr if line.endswith("2 workers: paced\n"))
-        os.kill(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=WATCHDOG)
+        _, err = interrupt(process, "2 workers: paced", WATCHDOG)
     assert process.returncode == 130, err
     assert "ray-shm bench rpc: interrupted" in err
-    assert leaks.marked_processes() == []
+    assert leaks.marked_processes() == before
 
 
 def test_every_core_has_its_hog_until_the_end() -> None:
