@@ -141,7 +141,7 @@ def _bench_queue(options: argparse.Namespace) -> int:
 
 def _add_groups(groups: argparse.ArgumentParser) -> None:
     tensors = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "gather", "barrier", "send/recv")
-    operations = (*tensors, "broadcast_object", "broadcast_tensor_dict")
+    operations = (*tensors, "broadcast_object", "broadcast_objects", "broadcast_tensor_dict")
     groups.add_argument("--only", choices=operations, nargs="+", metavar="OPERATION", help=f"of {' '.join(operations)}")
     groups.add_argument("--ranks", type=_ranks, nargs="+", metavar="N", help="(default: 2 3 4)")
     groups.add_argument("--payload", type=_size, nargs="+", metavar="SIZE", help="of each rank, such as 64KiB")

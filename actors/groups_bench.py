@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_shm.actors.bench_workers import WorkerPool
-from ray_shm.actors.groups_peers import GLOO, NCCL, OURS, OURS_CUDA, STORE, GroupsEnd, Place, Turn
+from ray_shm.actors.groups_peers import BURST, BURST_BYTES, GLOO, NCCL, OURS, OURS_CUDA, STORE, GroupsEnd, Place, Turn
 from ray_shm.actors.groups_report import TITLES, LeftOut, Report, make_rows
 from ray_shm.size_text import size_text
 
@@ -22,7 +22,7 @@ RANKS = (2, 3, 4)
 PAYLOADS = (2304, 64 << 10, 1 << 20, 16 << 20)  # bytes; the first is what a small language model sums
 ROUNDS = 10
 WARM_UP = 3  # samples
-_OBJECTS = ("broadcast_object",)
+_OBJECTS = ("broadcast_object", "broadcast_objects")
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,10 @@ class Plan:
             "A sample is from when the last rank began until the last one was done; before each of them all ranks meet "
             "in gloo's barrier, which does not count. gloo, NCCL: torch.distributed on the same ranks; its all_reduce "
             "is in place, its broadcast_tensor_dict is as vLLM's: metadata as an object, then tensor after tensor. "
-            "TCPStore: an object as vLLM's StatelessProcessGroup gives it to all, a pickle that the others get. The "
-            f"last column compares medians. Left out are {WARM_UP} samples of each peer and cell. Torch runs one "
-            "thread per rank."
+            "TCPStore: an object as vLLM's StatelessProcessGroup gives it to all, a pickle that the others get. A "
+            f"sample of broadcast_objects is a burst of {BURST} (fewer large ones: {BURST_BYTES >> 20} MiB at most), "
+            f"divided by their number. The last column compares medians. Left out are {WARM_UP} samples of each peer "
+            "and cell. Torch runs one thread per rank."
         )
 
 
@@ -133,9 +134,10 @@ class _Run:
         workers = self.pool.workers[: self.ranks]
         where = f"{peer}'s {operation} of {size_text(size or 1)} over {self.ranks} ranks"
         with self.pool.watched(where):
-            self.pool.order(workers, "serve", "groups", Turn(peer, operation, size, count))
+            turn = Turn(peer, operation, size, count)
+            self.pool.order(workers, "serve", "groups", turn)
             self.pool.answers(workers)
             of_ranks = [times for worker in workers if (times := worker.pipe.recv())]
             self.pool.answers(workers)
         samples = zip(*of_ranks, strict=True)
-        return [(max(end for _, end in s) - max(begun for begun, _ in s)) / 1000 for s in samples]
+        return [(max(end for _, end in s) - max(begun for begun, _ in s)) / 1000 / turn.burst for s in samples]

@@ -24,6 +24,7 @@ from ray_shm.store import GroupStore
 
 OURS, GLOO, STORE, OURS_CUDA, NCCL = "ray-shm", "gloo", "TCPStore", "ray-shm on CUDA", "NCCL"
 TIMEOUT = 100.0  # seconds; only a hang comes near
+BURST, BURST_BYTES = 50, 64 << 20  # of broadcast_objects: how many at most, and how many bytes
 
 Call = Callable[[], object]
 
@@ -36,6 +37,11 @@ class Turn:
     operation: str
     payload_bytes: int
     count: int
+
+    @property
+    def burst(self) -> int:
+        """How many times a sample does it."""
+        return max(1, min(BURST, BURST_BYTES // self.payload_bytes)) if self.operation == "broadcast_objects" else 1
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,8 @@ class GroupsEnd:
             dist.barrier()  # the same for all peers; every sample begins with nobody ahead
             begun = time.monotonic_ns()
             if call is not None:
-                call()
+                for _ in range(turn.burst):
+                    call()
             if on_gpu:
                 torch.cuda.synchronize()
             times.append((begun, time.monotonic_ns()))
@@ -164,6 +171,7 @@ def _of_ours(operation: str, group: StatelessGroupCoordinator, load: _Load) -> C
         "gather": lambda: group.gather(load.tensor, 0, 0),
         "barrier": group.barrier,
         "broadcast_object": lambda: group.broadcast_object(load.obj if first else None, 0),
+        "broadcast_objects": lambda: group.broadcast_object(load.obj if first else None, 0),
         "broadcast_tensor_dict": lambda: group.broadcast_tensor_dict(load.tensor_dict if first else None, 0),
     }
     if operation == "send/recv":
@@ -188,6 +196,7 @@ def _of_torch(operation: str, group: Any, load: _Load) -> Call:
         "gather": lambda: dist.gather(load.tensor, places, 0, group=group),
         "barrier": lambda: dist.barrier(group=group),
         "broadcast_object": lambda: dist.broadcast_object_list([load.obj], 0, group=group),
+        "broadcast_objects": lambda: dist.broadcast_object_list([load.obj], 0, group=group),
         "broadcast_tensor_dict": lambda: _broadcast_tensor_dict(load, group),
     }
     if operation == "send/recv":

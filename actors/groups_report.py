@@ -22,6 +22,7 @@ TITLES = {
     "barrier": "",
     "send/recv": "float32, from the first rank to the last",
     "broadcast_object": "a dictionary with so many bytes",
+    "broadcast_objects": "such dictionaries, one after the other in bursts; time of each",
     "broadcast_tensor_dict": "two float32 tensors, so many bytes together, and an integer",
 }
 

@@ -129,12 +129,16 @@ class Arrivals:
         self._ended = float("inf")  # when this rank closed its connections; whoever came after that is late
 
     def begin(self, operation: str, primitive: str, args: Sequence[Any], seconds: float | None) -> Attempt:
-        attempt = Attempt(None if seconds is None else time.monotonic() + seconds, seconds)
+        """The next one."""
+        if primitive not in _PAIRWISE:
+            self.count += 1
+        return self.attempt(operation, primitive, args, Deadline.after(seconds))
+
+    def attempt(self, operation: str, primitive: str, args: Sequence[Any], deadline: Deadline) -> Attempt:
+        """The one that was counted last."""
+        attempt = Attempt(*deadline)
         attempt.operation, attempt.primitive, attempt.args, attempt.arrivals = operation, primitive, args, self
-        if primitive in _PAIRWISE:
-            attempt.number = 0
-        else:
-            attempt.number = self.count = self.count + 1
+        attempt.number = 0 if primitive in _PAIRWISE else self.count
         return attempt
 
     def write(self, attempt: Attempt, state: str) -> None:
@@ -231,7 +235,7 @@ class Arrivals:
             gone = self._gone()
             why = f"{what}; who is late is not known, because the group's store does not answer"
             return Account(why + self._of_gone(attempt, gone).text, self._global(gone)) if gone else Account(why)
-        unsure = attempt.primitive == "broadcast" and attempt.args[1] == self._members.rank_in_group and len(late) > 1
+        unsure = self._may_be_through(attempt, late)
         verb = "have not arrived, or are through with it already" if unsure else "have not arrived"
         return Account(f"{what}; {self._names(verb, late, attempt)}", self._global(late))
 
@@ -242,10 +246,16 @@ class Arrivals:
             return Account(f"{who}; {self._names('are elsewhere', quitters, attempt)}", self._global(quitters))
         absent = self._late(attempt, None)
         if absent:
-            names = self._names("had not arrived", absent, attempt)
+            unsure = self._may_be_through(attempt, absent)
+            verb = "had not arrived, or were through with it" if unsure else "had not arrived"
+            names = self._names(verb, absent, attempt)
             return Account(f"{who}; {names}", self._global(absent))
         left = [r for r, (mark, _) in self._marks.items() if mark.state in _OUT]
         return Account(f"{who}, before this rank came to collective {attempt.number}", self._global(left))
+
+    def _may_be_through(self, attempt: Attempt, late: Sequence[int]) -> bool:
+        """Whether some of `late` may have left again: a broadcast's source waits for one of those that it gives to."""
+        return attempt.primitive == "broadcast" and attempt.args[1] == self._members.rank_in_group and len(late) > 1
 
     def _names(self, verb: str, ranks: Sequence[int], attempt: Attempt) -> str:
         return f"global ranks {self._global(ranks)} {verb}: {'; '.join(self._name(r, attempt) for r in ranks)}"

@@ -15,7 +15,8 @@ class Deadline(NamedTuple):  # made once or more a call, in about 0.6 of the tim
     @classmethod
     def after(cls, timeout: float | None) -> Deadline:
         """A deadline `timeout` seconds from now; None never expires, zero or less has expired at once."""
-        return NEVER if timeout is None else cls(time.monotonic() + timeout, timeout)
+        # Past the NamedTuple's own __new__, which is Python: 0.25 µs instead of 0.6.
+        return NEVER if timeout is None else tuple.__new__(cls, (time.monotonic() + timeout, timeout))
 
     def remaining(self) -> float | None:
         """Seconds left, never negative; None for ever."""

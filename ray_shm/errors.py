@@ -310,3 +310,15 @@ class RpcTimeoutError(RayShmError, TimeoutError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.args[0], self.late_ranks, self.results)
+
+
+def raise_unless_same(error: BaseException, cause: BaseException) -> None:
+    """Raises `error` from `cause`. Returns where they are the same, for the caller's bare `raise`.
+
+    A caller that kept `error` in a variable would be kept by its traceback, with all that it holds.
+    """
+    try:
+        if error is not cause:
+            raise error from cause
+    finally:
+        del error, cause

@@ -9,10 +9,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from ray_shm.arrivals import Arrivals
 from ray_shm.errors import StartError
+from ray_shm.meeting_place import prefixed
+from ray_shm.membership import Membership
 from ray_shm.release import Release
+from ray_shm.store import GroupStore
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import Store
+
+    from ray_shm.process_group import ProcessGroups
 
 
 class _Closes(Protocol):
@@ -83,3 +94,69 @@ class Formation(Generic[T]):
         if left and formed is not None:
             formed.close()
         self._woken.set()
+
+
+@dataclass(slots=True)
+class Formed:
+    """A group that has come about: what its members use, where they met, and who has come to its operations."""
+
+    groups: ProcessGroups
+    store: Any
+    arrivals: Arrivals
+
+    def close(self) -> None:
+        self.groups.close()
+        self.store = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forming:
+    """How a group is formed; called, it does so. Imports torch.
+
+    Attributes:
+        label: the group in words. name: prefix of its keys on the store. bind_host: this node's address.
+        timeout: seconds, of the group's operations. seconds: for forming it.
+        store: where the members meet, or a callable that opens it; None: it is served at `store_address`.
+    """
+
+    label: str
+    name: str
+    members: Membership
+    backend: str
+    device: torch.device
+    bind_host: str
+    timeout: float
+    seconds: float
+    release: Release
+    store: Store | GroupStore | Callable[[], GroupStore] | None
+    store_address: tuple[str, int | None]
+
+    def __call__(self) -> Formed:
+        """Raises StartError: the store or a member could not be reached in time. ReleasedError."""
+        from ray_shm.process_group import ProcessGroups
+        from ray_shm.rendezvous import MeetingStore, Rendezvous
+
+        store = self._open_store()
+        meeting = Rendezvous(
+            MeetingStore(prefixed(store, self.name), self.release, self.seconds),
+            self.label,
+            self.members,
+            self.bind_host,
+            self.timeout,
+            self.release,
+            self.seconds,
+        )
+        groups = ProcessGroups(meeting, meeting.agree(self.backend), self.device)
+        return Formed(groups, store, Arrivals(meeting.store.inner, self.members, meeting.processes))
+
+    def _open_store(self) -> Any:
+        if callable(self.store):
+            return self.store()
+        if self.store is not None:
+            return self.store
+        host, port = self.store_address
+        if port is None:  # a group of one
+            from torch.distributed import HashStore
+
+            return HashStore()
+        return GroupStore.connect(host, port, self.seconds, cancel=self.release.requested)

@@ -42,7 +42,10 @@ class ObjectCollectives(Member):
             PeerLostError: a peer is gone or late. The group is gone.
         """
         self._members.member(src, "src")
-        return obj if self.world_size == 1 else self._broadcast("broadcast_object", obj, src, timeout)
+        if self.world_size == 1:
+            return obj
+        exchange = self._exchange or self._choose_exchange()
+        return exchange(self._link, "broadcast_object", obj, src, timeout)
 
     def _broadcast(self, operation: str, obj: Any, src: int, timeout: float | None) -> Any:
         exchange = self._exchange or self._choose_exchange()

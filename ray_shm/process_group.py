@@ -37,7 +37,7 @@ from ray_shm.direct_exchange import DirectExchange
 from ray_shm.direct_exchange import as_bytes as _as_bytes
 from ray_shm.errors import StartError
 from ray_shm.node_exchange import NodeExchange
-from ray_shm.queue_broadcast import QueueBroadcaster, Received
+from ray_shm.queue_broadcast import QueueBroadcaster
 from ray_shm.rendezvous import Rendezvous
 from ray_shm.ring import Buffer
 from ray_shm.store import first_line
@@ -201,9 +201,9 @@ class ProcessGroups(DirectExchange):
         """An object's frames to all others, through queues."""
         self.queues.publish(frames, self.all_gather, deadline)
 
-    def take(self, src: int, received: Received, deadline: Deadline) -> None:
-        """The next object that the member `src` has published."""
-        self.queues.take(src, received, self.all_gather, deadline)
+    def take(self, src: int, deadline: Deadline) -> Any:
+        """The next object that the member `src` has published; see QueueBroadcaster.take."""
+        return self.queues.take(src, self.all_gather, deadline)
 
     def is_in_step(self, primitive: str) -> bool:
         """After an exception of a signal's handler: whether the members' next operation is the same nevertheless."""

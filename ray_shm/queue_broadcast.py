@@ -26,14 +26,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from ray_shm import codec
-from ray_shm.connection import GroupConnection
+from ray_shm.broadcast_tree import Tree
+from ray_shm.connection import NOT_LAID, GroupConnection
 from ray_shm.deadline import Deadline
-from ray_shm.errors import PeerLostError, QueueClosedError, RemoteError, StartError
+from ray_shm.errors import PeerLostError, QueueClosedError, RemoteError, StartError, raise_unless_same
 from ray_shm.handle import Handle
 from ray_shm.membership import Membership
 from ray_shm.message_queue import MAX_CHUNK_BYTES, MAX_CHUNKS
@@ -57,16 +58,21 @@ def broadcast(link: GroupConnection, operation: str, obj: Any, src: int, timeout
         StartError: on every member: no queue could be made. The group stays usable after each of these.
         PeerLostError: a peer is gone or late. The group is gone.
     """
-    if src != link.members.rank_in_group:
-        received = Received(link.members.ranks[src])
-        link.run(operation, "take", src, received, timeout=timeout)
-        return received.result()
+    members = link.members
+    if src != members.rank_in_group:
+        got = link.run_laid(operation, "take", src, _read) if timeout is None else NOT_LAID
+        if got is NOT_LAID:
+            got = link.run(operation, "take", src, timeout=timeout)
+        if type(got) is _Unread:
+            got.reraise(members.ranks[src])
+        return got
     error: Exception | None = None
     try:
         frames = codec.encode(obj, _OBJECT)
     except Exception as exc:  # whatever a user's __reduce__ raises
         error, frames = exc, _failure(f"could not pickle the object to send: {type(exc).__name__}: {exc}")
-    link.run(operation, "publish", frames, timeout=timeout)
+    if timeout is not None or link.run_laid(operation, "publish", src, frames) is NOT_LAID:
+        link.run(operation, "publish", frames, timeout=timeout)
     if error is not None:
         raise error
     return obj
@@ -76,67 +82,32 @@ def _failure(text: str) -> list[Buffer]:
     return [_FAILURE + text.encode(errors="replace")]
 
 
-class Received:
-    """What became of one message at its reader, apart from what ends the group."""
+class _Unread:
+    """In place of an object: what kept it from being there."""
 
-    __slots__ = ("_error", "_obj", "_source")
+    __slots__ = ("_error", "_text")
 
-    def __init__(self, source: int) -> None:
-        """source: global rank of the member that broadcasts."""
-        self._source = source
-        self._obj: Any = None
-        self._error: Exception | None = None
+    def __init__(self, error: Exception | None, text: str = "") -> None:
+        """text: of an error at the source, if there is none here."""
+        self._error, self._text = error, text
 
-    def read(self, frames: Sequence[Buffer], owned: bool) -> None:
-        """Unpickle; raises nothing."""
-        if frames[0][0]:  # _FAILURE
-            text = bytes(frames[0][1:]).decode()
-            self._error = RemoteError(f"rank {self._source} {text}")
-            return
-        try:
-            self._obj = codec.decode(frames, 1, owned)
-        except Exception as exc:  # whatever a user's __setstate__ raises
-            self._error = exc
-
-    def result(self) -> Any:
-        """The object, or raises what kept it from being there."""
+    def reraise(self, source: int) -> NoReturn:
+        """source: global rank."""
         error, self._error = self._error, None
-        if error is None:
-            return self._obj
         try:
-            raise error
+            raise error or RemoteError(f"rank {source} {self._text}")
         finally:
             del error  # its traceback holds this frame
 
 
-@dataclass(frozen=True, slots=True)
-class Tree:
-    """Who gets the messages of one member from whom. Ranks in the group.
-
-    Attributes:
-        local: those who read the member's own shared memory.
-        branches: leader on another node -> those who read its shared memory.
-    """
-
-    local: list[int]
-    branches: dict[int, list[int]]
-
-    @classmethod
-    def of(cls, src: int, attached: Sequence[Sequence[bool]]) -> Tree:
-        """attached[r][w]: whether `r` can attach to the memory of `w`."""
-        others = [r for r in range(len(attached)) if r != src]
-        local = [r for r in others if attached[r][src]]
-        branches: dict[int, list[int]] = {}
-        rest = [r for r in others if r not in local]
-        while rest:
-            leader, *others = rest
-            branches[leader] = [r for r in others if attached[r][leader]]
-            rest = [r for r in others if r not in branches[leader]]
-        return cls(local, branches)
-
-    def source(self, src: int, rank: int) -> int:
-        """Whose queue `rank` reads."""
-        return next((leader for leader, readers in self.branches.items() if rank in readers), src)
+def _read(frames: Sequence[Buffer], owned: bool) -> Any:
+    """The object, or an _Unread; raises nothing."""
+    if frames[0][0]:  # _FAILURE
+        return _Unread(None, bytes(frames[0][1:]).decode())
+    try:
+        return codec.decode(frames, 1, owned)
+    except Exception as exc:  # whatever a user's __setstate__ raises
+        return _Unread(exc)
 
 
 @dataclass(slots=True)
@@ -172,23 +143,27 @@ class Route:
             writer.send(_failure(f"could not send the object: {exc}"), deadline)
             raise
 
-    def receive(self, received: Received, deadline: Deadline) -> None:
+    def receive(self, deadline: Deadline) -> Any:
+        """What `_read` makes of it, once it is passed on, too."""
         if self.reader is None:
             raise RuntimeError("this rank reads no queue of that member: a bug in ray-shm")
-        consume = received.read if self.writer is None else partial(self._pass_on, received, deadline)
-        try:
-            self.reader.receive(consume, deadline)
-        except StartError as exc:  # the writer turned this reader away
-            raise RuntimeError(str(exc)) from exc
+        return self.reader.receive(_read if self.writer is None else partial(self._pass_on, deadline), deadline)
 
-    def _pass_on(self, received: Received, deadline: Deadline, frames: list[memoryview], owned: bool) -> None:
+    @property
+    def step(self) -> Callable[[Any, Deadline], object] | None:
+        """`send`, or what takes a function for the frames in their place; None where this rank does both."""
+        if self.reader is None:
+            return self.send
+        return self.reader.receive if self.writer is None else None
+
+    def _pass_on(self, deadline: Deadline, frames: list[memoryview], owned: bool) -> Any:
         try:
             self.send(frames, deadline)
         except (TimeoutError, QueueClosedError, PeerLostError) as exc:  # not to be taken for one of `reader`
             raise RuntimeError(f"an object of {self.source} could not be passed on: {exc}") from exc
         except StartError:  # its readers know; this rank has the object
             pass
-        received.read(frames, owned)
+        return _read(frames, owned)
 
 
 @dataclass(slots=True)
@@ -220,6 +195,10 @@ class QueueBroadcaster:
     """The queues of one formation of a group, as far as this rank has an end of them.
 
     Used by the thread that uses the group, but for `stop`.
+
+    Attributes:
+        steps: by the member that broadcasts: this rank's part (Route.step), once the queues are made. Whoever runs one
+            passes what it raises to `failure`.
     """
 
     def __init__(self, members: Membership, ip: str) -> None:
@@ -227,6 +206,7 @@ class QueueBroadcaster:
         self._members, self._ip = members, ip
         self._attached: list[list[bool]] | None = None  # found at the first broadcast
         self._routes: dict[int, Route] = {}  # by the member that broadcasts, its rank in the group
+        self.steps: dict[int, Callable[[Any, Deadline], object]] = {}
         self._ends = _Ends()
 
     @property
@@ -245,43 +225,40 @@ class QueueBroadcaster:
             StartError: no queue could be made (on all members), or no memory for this object (the others raise
                 RemoteError). Everything else has closed the queues.
         """
+        src = self._members.rank_in_group
+        route = self._laid(src, all_gather, deadline)
         try:
-            route = self._route(self._members.rank_in_group, all_gather, deadline)
             route.send(frames, deadline)
-        except StartError:
-            raise
-        except TimeoutError:
-            self.close()
-            raise
-        except (QueueClosedError, PeerLostError, OSError) as exc:
-            self.close()
-            raise RuntimeError(str(exc)) from exc
-        except BaseException:
-            self.close()
+        except BaseException as exc:
+            raise_unless_same(self.failure(exc, src, deadline), exc)
             raise
 
-    def take(self, src: int, received: Received, all_gather: AllGather, deadline: Deadline) -> None:
-        """The next message of `src`, which is passed on if that is this rank's part.
+    def take(self, src: int, all_gather: AllGather, deadline: Deadline) -> Any:
+        """What `_read` makes of the next message of `src`, which is passed on if that is this rank's part.
 
         Raises:
             TimeoutError: nothing came in time. RuntimeError, StartError: as `publish`.
         """
-        route = self._routes.get(src)
+        route = self._laid(src, all_gather, deadline)
         try:
-            route = route or self._route(src, all_gather, deadline)
-            route.receive(received, deadline)
-        except StartError:
+            return route.receive(deadline)
+        except BaseException as exc:
+            raise_unless_same(self.failure(exc, src, deadline), exc)
             raise
-        except TimeoutError as exc:
-            self.close()
-            source = f"nothing came from {route.source} within {deadline.timeout} s" if route else str(exc)
-            raise TimeoutError(source) from exc
-        except (QueueClosedError, PeerLostError, OSError) as exc:
-            self.close()
-            raise RuntimeError(f"nothing came from {route.source}: {exc}" if route else str(exc)) from exc
-        except BaseException:
-            self.close()
-            raise
+
+    def failure(self, exc: BaseException, src: int, deadline: Deadline) -> BaseException:
+        """What to raise for what came out of a step. Closes the queues, unless it concerns one object alone."""
+        taking = src != self._members.rank_in_group
+        if isinstance(exc, StartError) and not taking:
+            return exc
+        route = self._routes.get(src)
+        source = f"nothing came from {route.source if route is not None else 'its queue'}"
+        self.close()
+        if isinstance(exc, TimeoutError):
+            return TimeoutError(f"{source} within {deadline.timeout} s") if taking else exc
+        if isinstance(exc, QueueClosedError | PeerLostError | OSError | StartError):
+            return RuntimeError(f"{source}: {exc}" if taking else str(exc))
+        return exc
 
     def stop(self) -> None:
         """Ends what waits in a queue, here and at the peers. From any thread; waits for nothing."""
@@ -293,18 +270,32 @@ class QueueBroadcaster:
     def close(self) -> None:
         """Frees memory, descriptors and sockets; what was received stays valid. Idempotent."""
         self._ends.close()
+        self.steps.clear()
         self._routes.clear()
 
     def stats(self) -> dict[int, list[QueueStats]]:
         """Rank in the group of each member that has broadcast -> counters of this rank's ends of its queues."""
         return {src: [end.stats() for end in route.ends] for src, route in self._routes.items()}
 
-    def _route(self, src: int, all_gather: AllGather, deadline: Deadline) -> Route:
+    def _laid(self, src: int, all_gather: AllGather, deadline: Deadline) -> Route:
+        """The route of `src`, made now if there is none yet. Raises as `publish`."""
         route = self._routes.get(src)
-        if route is None:
-            if self.ended:
-                raise RuntimeError("its queues are closed: an earlier broadcast was interrupted on this rank")
-            route = self._routes[src] = self._make(src, _Gathering(self._members, self._ip, all_gather, deadline))
+        if route is not None:
+            return route
+        if self.ended:
+            raise RuntimeError("its queues are closed: an earlier broadcast was interrupted on this rank")
+        try:
+            route = self._make(src, _Gathering(self._members, self._ip, all_gather, deadline))
+        except StartError:
+            raise
+        except BaseException as exc:
+            self.close()
+            if isinstance(exc, QueueClosedError | PeerLostError | OSError) and not isinstance(exc, TimeoutError):
+                raise RuntimeError(str(exc)) from exc
+            raise
+        self._routes[src] = route
+        if (step := route.step) is not None:
+            self.steps[src] = step
         return route
 
     def _make(self, src: int, gathering: _Gathering) -> Route:

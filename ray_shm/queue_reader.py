@@ -8,7 +8,7 @@ import secrets
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ray_shm import death_watch, lease, ring
 from ray_shm.deadline import Deadline
@@ -154,7 +154,9 @@ class QueueReader(QueueEnd):
         if not lock.acquire(False) and not self._acquire(deadline):
             self._require_open()
             raise TimeoutError(self._nothing_text(deadline))  # another thread waits for a message
-        self._begin_reading(lock)
+        if self._reading:
+            self._refuse_nested(lock)
+        self._reading = True
         try:
             shm = self.shm
             frames = shm.peek() if shm is not None else None
@@ -181,7 +183,9 @@ class QueueReader(QueueEnd):
         if not self._acquire(deadline):
             self._require_open()
             raise TimeoutError(self._nothing_text(deadline))
-        self._begin_reading(lock)
+        if self._reading:
+            self._refuse_nested(lock)
+        self._reading = True
         try:
             frames = self._await_frames(deadline, cancel)
             try:
@@ -193,12 +197,11 @@ class QueueReader(QueueEnd):
             self._reading = False
             lock.release()
 
-    def _begin_reading(self, lock: threading.RLock) -> None:
-        if self._reading:  # the same thread: inside of acquire_read, while unpickling, or in a signal handler
-            lock.release()
-            self._require_open()
-            raise RuntimeError("a message of the same queue is being read in this thread; nothing was taken")
-        self._reading = True
+    def _refuse_nested(self, lock: threading.RLock) -> NoReturn:
+        """The same thread reads: inside of acquire_read, while unpickling, or in a signal handler."""
+        lock.release()
+        self._require_open()
+        raise RuntimeError("a message of the same queue is being read in this thread; nothing was taken")
 
     def stats(self) -> QueueStats:
         """Counters of this end; the leases are those of this process."""

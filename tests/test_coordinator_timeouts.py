@@ -231,7 +231,8 @@ def check_tree(me: Rank) -> list[tuple[str, list[int]] | None]:
 def test_of_a_broadcast_only_the_rank_that_should_pass_it_on_is_late(pool: Pool) -> None:
     answers = pool.run(check_tree, ranks=(0,))[0]
     assert [answer and answer[1] for answer in answers] == [[2], [2, 3, 5], None, None, [2], None]
-    assert "global ranks [2, 3, 5] have not arrived, or are through with it already" in answers[1][0]
+    gave_up_first = "global ranks [2, 3, 5] have not arrived, or are through with it already"
+    assert gave_up_first in answers[1][0] or "global ranks [2, 3, 5] had not arrived, or were through" in answers[1][0]
 
 
 # The store

@@ -35,7 +35,7 @@ def check_a_run(folder: Path, ranks: str, *args: str) -> None:
     cuda = set() if left_out == {"NCCL"} else {"NCCL", "ray-shm on CUDA"}
     for operation in TITLES:
         peers = {row["peer"] for row in rows if row["operation"] == operation}
-        assert peers - cuda == {"ray-shm", "gloo", *(["TCPStore"] if operation == "broadcast_object" else [])}
+        assert peers - cuda == {"ray-shm", "gloo", *(["TCPStore"] if operation.startswith("broadcast_object") else [])}
     for row in rows:
         assert row["ranks"] == int(ranks)
         assert (row["payload_bytes"] is None) == (row["operation"] == "barrier")

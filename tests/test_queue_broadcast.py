@@ -48,7 +48,7 @@ def test_tree(pool: Pool, src: int, nodes: list[list[int]], local: list[int], br
 
 
 def check_tree(me: Rank, src: int, nodes: list[list[int]], local: list[int], branches: dict[int, list[int]]) -> None:
-    from ray_shm.queue_broadcast import Tree
+    from ray_shm.broadcast_tree import Tree
 
     ranks = range(sum(map(len, nodes)))
     tree = Tree.of(src, [[any(r in node and w in node for node in nodes) for w in ranks] for r in ranks])
