@@ -26,7 +26,7 @@ BENCH := $(VENV)/.bench
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint typecheck pytest format bench bench-quick system-tools clean
+.PHONY: help demo test test-all lint typecheck pytest format bench system-tools clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -35,13 +35,12 @@ demo: $(RUN)  ## split a small language model over three Ray actors; it answers 
 	$(call say,"demo: examples/llm_tensor_parallel.py")
 	@$(BIN)/python examples/llm_tensor_parallel.py
 
-test: lint pytest bench-quick  ## lint, types, tests, and a small run of every benchmark
+test: lint pytest  ## lint, types, and tests, among them a small run of every benchmark and example
 	$(call say,"all green")
 
 test-all: lint system-tools  ## the same with the slow tests, model checking and separate hosts among them
 	$(call say,"pytest with the slow tests")
 	@RAY_SHM_REQUIRE_SPIN=1 RAY_SHM_REQUIRE_NETNS=1 $(BIN)/pytest --durations=25
-	@$(MAKE) --no-print-directory bench-quick
 
 lint: $(DEV) typecheck  ## ruff, and mypy --strict on the built wheel
 	$(call say,"ruff check and format --check")
@@ -69,10 +68,6 @@ bench: $(BENCH)  ## the queue beside pipes and pyzmq; calls beside Ray calls; gr
 	@$(BIN)/ray-shm bench rpc
 	$(call say,"ray-shm bench groups")
 	@$(BIN)/ray-shm bench groups
-
-bench-quick: $(DEV)
-	$(call say,"the parts of benchmarks that no default test runs; their figures mean nothing")
-	@$(BIN)/ray-shm bench rpc --quick --only paced hog kill launch
 
 format: $(DEV)  ## let ruff format the code
 	@$(BIN)/ruff check -q --fix . && $(BIN)/ruff format .

@@ -113,7 +113,8 @@ class _Run:
         counts: dict[str, int] = {}
         for peer in self._peers(operation):
             warm = self._turn(peer, operation, size, WARM_UP)
-            spent = max(1.0, sorted(warm)[len(warm) // 2]) / 1e6
+            burst = Turn(peer, operation, size, 1).burst
+            spent = max(1.0, burst * sorted(warm)[len(warm) // 2]) / 1e6
             rounds = self.plan.rounds
             counts[peer] = max(1, int(min(self.plan.calls, self.plan.seconds / spent) / rounds))
             times[peer] = []

@@ -31,7 +31,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Turn:
-    """What all ranks do next: `count` samples. ranks: which of them take part, the others only keep step."""
+    """What all ranks do next: `count` samples."""
 
     peer: str
     operation: str

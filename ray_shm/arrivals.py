@@ -32,6 +32,7 @@ _CAUSE = 0.25  # seconds in which it turns out why a peer closed its connections
 _STORE = 0.5  # seconds for a write or a look; a store that takes longer is not asked again
 _PAUSE = 0.01  # seconds between two looks
 _OUT = ("gave-up", "failed")
+_SOURCE_WAITS = "; the source of the object has come to it, and waited for another member"
 _PAIRWISE = frozenset(("send", "recv", "send_all", "start_send", "start_recv", "finish"))
 
 
@@ -129,16 +130,16 @@ class Arrivals:
         self._ended = float("inf")  # when this rank closed its connections; whoever came after that is late
 
     def begin(self, operation: str, primitive: str, args: Sequence[Any], seconds: float | None) -> Attempt:
-        """The next one."""
-        if primitive not in _PAIRWISE:
-            self.count += 1
-        return self.attempt(operation, primitive, args, Deadline.after(seconds))
+        """The next one, counted."""
+        attempt = self.attempt(operation, primitive, args, Deadline.after(seconds), self.count + 1)
+        if attempt.number:
+            self.count = attempt.number  # last: a signal's handler may raise in any call before
+        return attempt
 
-    def attempt(self, operation: str, primitive: str, args: Sequence[Any], deadline: Deadline) -> Attempt:
-        """The one that was counted last."""
+    def attempt(self, operation: str, primitive: str, args: Sequence[Any], deadline: Deadline, number: int) -> Attempt:
         attempt = Attempt(*deadline)
         attempt.operation, attempt.primitive, attempt.args, attempt.arrivals = operation, primitive, args, self
-        attempt.number = 0 if primitive in _PAIRWISE else self.count
+        attempt.number = 0 if primitive in _PAIRWISE else number
         return attempt
 
     def write(self, attempt: Attempt, state: str) -> None:
@@ -181,7 +182,7 @@ class Arrivals:
         if attempt.primitive in _PAIRWISE:
             return list(attempt.args[1:2])
         if attempt.primitive == "take":  # of an object, from a queue
-            return list(attempt.args[:1])
+            return [r for r in attempt.args[:1] if not self._has_come(r, attempt)]
         if attempt.primitive == "broadcast":
             return self._late_in_tree(attempt, attempt.args[1])
         return self._absent(attempt)
@@ -229,6 +230,8 @@ class Arrivals:
         what = f"; it timed out after {attempt.timeout} s"
         if attempt.number:
             what += f", as collective {attempt.number} of this group"
+        if not late and attempt.primitive == "take":
+            return Account(what + _SOURCE_WAITS)
         if not late:
             return Account(f"{what}; all ranks have come to it, the last of them too late")
         if unknown and len(late) > 1:
@@ -250,11 +253,13 @@ class Arrivals:
             verb = "had not arrived, or were through with it" if unsure else "had not arrived"
             names = self._names(verb, absent, attempt)
             return Account(f"{who}; {names}", self._global(absent))
+        if attempt.primitive == "take":
+            return Account(who + _SOURCE_WAITS)
         left = [r for r, (mark, _) in self._marks.items() if mark.state in _OUT]
         return Account(f"{who}, before this rank came to collective {attempt.number}", self._global(left))
 
     def _may_be_through(self, attempt: Attempt, late: Sequence[int]) -> bool:
-        """Whether some of `late` may have left again: a broadcast's source waits for one of those that it gives to."""
+        """Whether some of `late` may have left again: a broadcast's source waits for one of them, or for more."""
         return attempt.primitive == "broadcast" and attempt.args[1] == self._members.rank_in_group and len(late) > 1
 
     def _names(self, verb: str, ranks: Sequence[int], attempt: Attempt) -> str:

@@ -75,7 +75,7 @@ class GroupConnection:
         self._reason_wait = reason_wait
         self._own_store: GroupStore | None = None  # this rank serves it; it stays for the next epoch
         self._connecting = threading.Lock()
-        # Held for a few instructions: `release` never waits for the owner's thread, nor does one by a signal's handler.
+        # Held for a few instructions: `release` never waits for the owner's thread. Reentrant for a signal's handler.
         self._ending = threading.RLock()
         self._release = Release()
         self._begun: Formation[Formed] | None = None  # by `begin`, which did not wait for its end
@@ -182,13 +182,13 @@ class GroupConnection:
         step = None if groups is None else groups.queues.steps.get(src)
         if groups is None or step is None:
             return NOT_LAID
-        self.operation = operation
-        self._arrivals.count += 1
         deadline = Deadline.after(self._timeout)
+        self.operation = operation
+        self._arrivals.count += 1  # no call from here to `try`: a signal's handler may raise in one
         try:
             return step(message, deadline)
         except BaseException as exc:
-            attempt = self._arrivals.attempt(operation, primitive, (src,), deadline)
+            attempt = self._arrivals.attempt(operation, primitive, (src,), deadline, self._arrivals.count)
             raise_unless_same(self._after(groups.queues.failure(exc, src, deadline), groups, attempt), exc)
             raise
         finally:

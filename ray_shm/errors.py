@@ -315,7 +315,7 @@ class RpcTimeoutError(RayShmError, TimeoutError):
 def raise_unless_same(error: BaseException, cause: BaseException) -> None:
     """Raises `error` from `cause`. Returns where they are the same, for the caller's bare `raise`.
 
-    A caller that kept `error` in a variable would be kept by its traceback, with all that it holds.
+    For callers: kept in a variable of theirs, `error` would hold itself, by its traceback and their frame in it.
     """
     try:
         if error is not cause:

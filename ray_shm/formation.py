@@ -116,7 +116,8 @@ class Forming:
     Attributes:
         label: the group in words. name: prefix of its keys on the store. bind_host: this node's address.
         timeout: seconds, of the group's operations. seconds: for forming it.
-        store: where the members meet, or a callable that opens it; None: it is served at `store_address`.
+        store: where the members meet, or a callable that opens it; None: it is served at `store_address`; without a
+            port there, the group has one member, and needs none.
     """
 
     label: str

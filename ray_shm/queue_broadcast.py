@@ -73,9 +73,12 @@ def broadcast(link: GroupConnection, operation: str, obj: Any, src: int, timeout
         error, frames = exc, _failure(f"could not pickle the object to send: {type(exc).__name__}: {exc}")
     if timeout is not None or link.run_laid(operation, "publish", src, frames) is NOT_LAID:
         link.run(operation, "publish", frames, timeout=timeout)
-    if error is not None:
+    if error is None:
+        return obj
+    try:
         raise error
-    return obj
+    finally:
+        del error  # its traceback holds this frame
 
 
 def _failure(text: str) -> list[Buffer]:
@@ -197,8 +200,8 @@ class QueueBroadcaster:
     Used by the thread that uses the group, but for `stop`.
 
     Attributes:
-        steps: by the member that broadcasts: this rank's part (Route.step), once the queues are made. Whoever runs one
-            passes what it raises to `failure`.
+        steps: by the member that broadcasts: this rank's part (Route.step), once the queues are made; none if it both
+            reads and writes. Whoever runs one passes what it raises to `failure`.
     """
 
     def __init__(self, members: Membership, ip: str) -> None:

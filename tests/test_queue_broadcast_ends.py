@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
-from rank_pool import Pool, Rank, alongside, growth, open_handles, wait_until
+from rank_pool import WATCHDOG, Pool, Rank, alongside, growth, open_handles, wait_until
 
 from ray_shm.coordinator import StatelessGroupCoordinator
+from ray_shm.deadline import Deadline
 from ray_shm.errors import GroupClosedError, PeerLostError
 
 REASON = "rank 2 raised ValueError('no such token')"
@@ -219,6 +221,24 @@ def test_an_interrupted_broadcast_ends_the_group_until_it_is_formed_again(pool: 
 
 
 _to_be_destroyed: list[StatelessGroupCoordinator] = []
+
+
+def check_interrupted_before(me: Rank) -> None:
+    """A signal's handler raises where nothing is done yet: nothing is counted, and the group stays in step."""
+    with me.queue_group("before") as group:
+        assert group.broadcast_object(me.rank) == 0
+        counted = group.operations
+        if me.rank == 1:
+            for timeout in (None, WATCHDOG):  # straight to the queue, and as all operations go
+                with mock.patch.object(Deadline, "after", side_effect=InterruptError), pytest.raises(InterruptError):
+                    group.broadcast_object(None, timeout=timeout)
+                assert (group.operation, group.operations) == (None, counted)
+        assert group.broadcast_object("next" if me.rank == 0 else None) == "next"
+        group.barrier()
+
+
+def test_interrupted_before_anything_is_done(pool: Pool) -> None:
+    pool.run(check_interrupted_before)
 
 
 class Destroyer:

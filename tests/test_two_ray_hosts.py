@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,7 +51,8 @@ def set_environment(folder: str) -> None:
 
 def start_node(me: Me, folder: str, *args: str) -> None:
     """A Ray node that lives as long as its host."""
-    command = ["ray", "start", *args, "--num-cpus=2", "--object-store-memory=80000000"]
+    ray = os.path.join(sysconfig.get_path("scripts"), "ray")
+    command = [ray, "start", *args, "--num-cpus=2", "--object-store-memory=80000000"]
     set_environment(folder)
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     if done.returncode:
