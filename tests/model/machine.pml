@@ -1,39 +1,28 @@
-/* The machine under the queue: words of shared memory, store buffers, early and late loads, membarrier, futex, SIGKILL.
+/* The machine under the protocols: words of shared memory, store buffers, early and late loads, barriers, SIGKILL.
  *
  * Spin interleaves sequentially consistent steps; real processors do more. So every store of an end goes through its
  * store buffer, which the memory process drains: in order with TSO (x86-64), in any order of different addresses with
  * WEAK (aarch64). WEAK also lets a load happen elsewhere than at its place in the program, up to the next barrier:
  * early (`stale`: it returns what stood there before a change) or, for loads of the payload, late (`late_slot`).
+ *
+ * Who includes this has defined ENDS, WORDS and PAYLOAD (the first word of it); LATE_LOADS (of one end, at most),
+ * LATE_LOAD(slot) (which of them is that slot's) and DO_LATE_LOADS (all of them); and the C function loads(end, a).
  */
 
 #if defined(TSO) == defined(WEAK)
 #error "define either TSO (x86-64) or WEAK (aarch64)"
 #endif
 
-#define W 0        /* the writer; reader i is end i + 1 */
-#define ENDS 3
 #define DEPTH 4    /* of a store buffer; a store into a full one waits */
-
-#define TAIL 0     /* messages published; the writer's */
-#define EVENT 1    /* changes with every announcement; the writer's, after its death the readers' death watchers' */
-#define PHASE 2    /* 1: closed; the writer's */
-#define WANTED 3   /* 1: the writer waits for room; the writer's */
-#define PAYLOAD 4  /* .. 5: number of the message whose bytes stand in that slot or block; the writer's */
-#define CURSOR 6   /* .. 7: messages consumed; reader i's */
-#define LEASE 8    /* .. 11: 1: reader i reads block b in place (at 2b + i); reader i's */
-#define DEAD 12    /* .. 13: reader i is dead; the writer's process's own, set by its death watcher */
-#define LOST 14    /* .. 15: the writer is dead; reader i's process's own, set by its death watcher */
-#define BELL 16    /* 0: as the writer last read it, 1: anything else; as no ringer stores a value twice, that is all */
-#define WORDS 17
 
 byte mem[WORDS];
 byte stale[ENDS * WORDS];   /* 0: none; else 1 + the value that this end's load may still return */
 byte where[ENDS * DEPTH];   /* store buffers: addresses, values, number of entries */
 byte what[ENDS * DEPTH];
 byte pending[ENDS];
-byte late_slot[ENDS];       /* 0: none; else 1 + the slot of a load still to be done, and the message it must find */
-byte late_want[ENDS];
-bool asleep[ENDS];          /* in FUTEX_WAIT: the writer on BELL, the readers on EVENT */
+byte late_slot[ENDS * LATE_LOADS];  /* 0: none; else 1 + the slot of a load still to be done, and what it must find */
+byte late_want[ENDS * LATE_LOADS];
+byte asleep[ENDS];          /* in FUTEX_WAIT */
 bool killed[ENDS];
 bool finished[ENDS];        /* ended by itself */
 
@@ -41,16 +30,6 @@ hidden byte end_, a_, v_;  /* arguments of C functions */
 
 c_code {
 extern void (*uerror)(char *);
-
-/* `end` loads from address `a`. Loads of EVENT and BELL done early return an older value: then FUTEX_WAIT returns. */
-static int loads(int end, int a)
-{
-    if (a == TAIL || a == PHASE || a == WANTED || (a >= PAYLOAD && a < CURSOR))
-        return end != W;
-    if (a >= CURSOR && a < LOST)
-        return end == W;
-    return a >= LOST && a < BELL && a - LOST + 1 == end;
-}
 
 /* From now on `v` stands at `a`. Whoever loads `a` soon may have done so already. */
 static void apply(int a, int v)
@@ -94,19 +73,21 @@ static void check_payload(int found, int want)
         uerror("payload overwritten");
 }
 
-static void do_late_load(int end)
+static void do_late_load(int n)
 {
-    if (now.late_slot[end])
-        check_payload(now.mem[PAYLOAD + now.late_slot[end] - 1], now.late_want[end]);
-    now.late_slot[end] = now.late_want[end] = 0;
+    if (now.late_slot[n])
+        check_payload(now.mem[PAYLOAD + now.late_slot[n] - 1], now.late_want[n]);
+    now.late_slot[n] = now.late_want[n] = 0;
 }
 
 /* A full barrier on the processor of `end`: its stores are visible, its loads so far done, no later one done early. */
 static void barrier(int end)
 {
+    int n;
     while (now.pending[end])
         drain(end, 0);
-    do_late_load(end);
+    for (n = end * LATE_LOADS; n < (end + 1) * LATE_LOADS; n++)
+        do_late_load(n);
     memset(now.stale + end * WORDS, 0, WORDS);
 }
 
@@ -115,7 +96,8 @@ static void stop(int end)
 {
     now.killed[end] = 1;
     now.asleep[end] = 0;
-    now.late_slot[end] = now.late_want[end] = 0;
+    memset(now.late_slot + end * LATE_LOADS, 0, LATE_LOADS);
+    memset(now.late_want + end * LATE_LOADS, 0, LATE_LOADS);
     memset(now.stale + end * WORDS, 0, WORDS);
 }
 }
@@ -148,10 +130,10 @@ inline load_payload(end, slot, want) {
     :: d_step {
         true ->
         stale[end * WORDS + PAYLOAD + slot] = 0;
-        end_ = end;
+        end_ = end * LATE_LOADS + LATE_LOAD(slot);
         c_code { do_late_load(end_); };
-        late_slot[end] = slot + 1;
-        late_want[end] = want
+        late_slot[end_] = slot + 1;
+        late_want[end_] = want
        }
     fi
 #else
@@ -160,28 +142,6 @@ inline load_payload(end, slot, want) {
 }
 
 inline barrier(end) { end_ = end; c_code { barrier(end_); } }
-
-/* membarrier(GLOBAL_EXPEDITED) called by `end`: a barrier in the caller, in everybody, and in the caller once more.
- * One step, as the two ends that do not call share no word with each other unless one is the writer, whose barrier
- * comes after the readers': one that did not call may still have loaded early what the writer's drain then changes. */
-inline membarrier(end) {
-    d_step {
-        barrier(end);
-#ifndef MUT_READER_NOT_REGISTERED
-        barrier(1);
-#endif
-        barrier(2);
-        barrier(W);
-        barrier(end)
-    }
-}
-
-/* Kernel entries are full barriers for the caller. The kernel compares the word and queues under one lock. */
-inline wake_readers(end) { d_step { barrier(end); asleep[1] = false; asleep[2] = false } }
-inline wake_writer(end) { d_step { barrier(end); asleep[W] = false } }
-
-/* The caller goes on at a statement that needs `!asleep[end]`. */
-inline futex_wait(end, a, seen) { d_step { barrier(end); asleep[end] = (mem[a] == seen); seen = 0 } }
 
 /* ---- what happens by itself ------------------------------------------------------------------------------------ */
 
@@ -193,29 +153,32 @@ inline futex_wait(end, a, seen) { d_step { barrier(end); asleep[end] = (mem[a] =
 #define AFTER_2(end) && where[end * DEPTH + 1] != where[end * DEPTH + 2]
 #define AFTER_3(end) && where[end * DEPTH + 2] != where[end * DEPTH + 3]
 
+#define DO_LATE_LOAD(n) :: d_step { late_slot[n] != 0 -> c_code { do_late_load(n); } }
+
+#ifdef WEAK
+#define DRAIN_ANY(end) :: DRAIN(end, 0) :: DRAIN(end, 1) :: DRAIN(end, 2) :: DRAIN(end, 3)
+#else
+#define DRAIN_ANY(end) :: DRAIN(end, 0)
+#endif
+
 proctype memory() {
 end_quiet:
     do
-    :: DRAIN(0, 0)
-    :: DRAIN(1, 0)
-    :: DRAIN(2, 0)
+    DRAIN_ANY(0)
+    DRAIN_ANY(1)
+#if ENDS > 2
+    DRAIN_ANY(2)
+#endif
+#if ENDS > 3
+    DRAIN_ANY(3)
+#endif
 #ifdef WEAK
-    :: DRAIN(0, 1)
-    :: DRAIN(1, 1)
-    :: DRAIN(2, 1)
-    :: DRAIN(0, 2)
-    :: DRAIN(1, 2)
-    :: DRAIN(2, 2)
-    :: DRAIN(0, 3)
-    :: DRAIN(1, 3)
-    :: DRAIN(2, 3)
-    :: d_step { late_slot[1] != 0 -> c_code { do_late_load(1); } }
-    :: d_step { late_slot[2] != 0 -> c_code { do_late_load(2); } }
+    DO_LATE_LOADS
 #endif
     od
 }
 
-#if defined(KILL_WRITER) || defined(KILL_READER)
+#if defined(KILL_WRITER) || defined(KILL_READER) || defined(KILL)
 /* SIGKILL at any step of its victim, which it does not survive: where nobody dies is another configuration. */
 proctype killer(byte victim) {
 end_killer:

@@ -20,7 +20,61 @@
 
 byte received[2];  /* messages that reader i took */
 
+#define W 0        /* the writer; reader i is end i + 1 */
+#define ENDS 3
+
+#define TAIL 0     /* messages published; the writer's */
+#define EVENT 1    /* changes with every announcement; the writer's, after its death the readers' death watchers' */
+#define PHASE 2    /* 1: closed; the writer's */
+#define WANTED 3   /* 1: the writer waits for room; the writer's */
+#define PAYLOAD 4  /* .. 5: number of the message whose bytes stand in that slot or block; the writer's */
+#define CURSOR 6   /* .. 7: messages consumed; reader i's */
+#define LEASE 8    /* .. 11: 1: reader i reads block b in place (at 2b + i); reader i's */
+#define DEAD 12    /* .. 13: reader i is dead; the writer's process's own, set by its death watcher */
+#define LOST 14    /* .. 15: the writer is dead; reader i's process's own, set by its death watcher */
+#define BELL 16    /* 0: as the writer last read it, 1: anything else; as no ringer stores a value twice, that is all */
+#define WORDS 17
+#define LATE_LOADS 1
+#define LATE_LOAD(slot) 0
+#define DO_LATE_LOADS DO_LATE_LOAD(1) DO_LATE_LOAD(2)
+
+c_code {
+/* `end` loads from address `a`. Loads of EVENT and BELL done early return an older value: then FUTEX_WAIT returns. */
+static int loads(int end, int a)
+{
+    if (a == TAIL || a == PHASE || a == WANTED || (a >= PAYLOAD && a < CURSOR))
+        return end != W;
+    if (a >= CURSOR && a < LOST)
+        return end == W;
+    return a >= LOST && a < BELL && a - LOST + 1 == end;
+}
+}
+
 #include "machine.pml"
+
+/* ---- kernel calls ---------------------------------------------------------------------------------------------- */
+
+/* membarrier(GLOBAL_EXPEDITED) called by `end`: a barrier in the caller, in everybody, and in the caller once more.
+ * One step, as the two ends that do not call share no word with each other unless one is the writer, whose barrier
+ * comes after the readers': one that did not call may still have loaded early what the writer's drain then changes. */
+inline membarrier(end) {
+    d_step {
+        barrier(end);
+#ifndef MUT_READER_NOT_REGISTERED
+        barrier(1);
+#endif
+        barrier(2);
+        barrier(W);
+        barrier(end)
+    }
+}
+
+/* Kernel entries are full barriers for the caller. The kernel compares the word and queues under one lock. */
+inline wake_readers(end) { d_step { barrier(end); asleep[1] = false; asleep[2] = false } }
+inline wake_writer(end) { d_step { barrier(end); asleep[W] = false } }
+
+/* The caller goes on at a statement that needs `!asleep[end]`. */
+inline futex_wait(end, a, seen) { d_step { barrier(end); asleep[end] = (mem[a] == seen); seen = 0 } }
 
 /* Which ends are at risk of SIGKILL: they, and their watchers, take no step after it. */
 #ifdef KILL_WRITER
