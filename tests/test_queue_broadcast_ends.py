@@ -107,6 +107,24 @@ def test_a_source_whose_readers_do_not_read_waits_and_names_them(pool: Pool) -> 
     pool.run(check_read_late, count, ranks=(1, 2))
 
 
+def check_third_is_late(me: Rank) -> tuple[str, list[int]]:
+    me.kept["group"] = group = me.queue_group("third")
+    assert group.broadcast_object(me.rank) == 0
+    if me.rank == 2:
+        return "", []
+    with pytest.raises(PeerLostError) as caught:
+        fill(group, me.kept, timeout=0.3) if me.rank == 0 else [group.broadcast_object() for _ in range(1000)]
+    return str(caught.value), caught.value.ranks
+
+
+def test_a_source_that_waited_for_another_reader_is_not_called_late(pool: Pool) -> None:
+    (by_source, late), (by_reader, unknown), _ = pool.run(check_third_is_late)
+    assert late == [2], by_source
+    assert unknown == [], by_reader
+    assert "ranks [0] gave up after their timeout; the source of the object has come to it" in by_reader
+    pool.run(check_destroyed)
+
+
 # Released, interrupted, destroyed
 
 
