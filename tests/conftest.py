@@ -18,6 +18,7 @@ import leaks
 import pytest
 
 if TYPE_CHECKING:
+    from rank_pool import Pool
     from reader_pool import Peer
     from zmq_ends import MakeChannel
 
@@ -144,6 +145,23 @@ def folder() -> Iterator[Path]:
     """For temporary files, and short: paths of sockets end at 107 characters, and pytest's own folders are long."""
     with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as name:
         yield Path(name)
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Path]:
+    """Opened at the end, whatever happens: nobody is left waiting."""
+    yield tmp_path / "gate"
+    (tmp_path / "gate").touch()
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    """Three ranks for a module's checks; its tests may kill some of them, and no other way to end early is right."""
+    from rank_pool import Pool
+
+    pool = Pool()
+    yield pool
+    assert set(pool.close()) <= {0, -signal.SIGKILL}
 
 
 @pytest.fixture

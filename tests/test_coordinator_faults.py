@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
 
 import pytest
 from rank_pool import LOOPBACK, WATCHDOG, Pool, Rank, free_port, growth, open_handles
@@ -16,14 +16,6 @@ from ray_shm.coordinator import StatelessGroupCoordinator
 from ray_shm.errors import GroupClosedError, PeerLostError, StartError
 from ray_shm.membership import Membership
 from ray_shm.store import GroupStore
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    pool = Pool()
-    yield pool
-    pool.close()
-
 
 # The store
 
@@ -184,7 +176,7 @@ def check_killed(me: Rank) -> tuple[str, float]:
     pair = me.group("pair", [[0, 1], [2]])
     if me.rank == 2:
         group.barrier()
-        os._exit(1)
+        os.kill(os.getpid(), signal.SIGKILL)
     group.barrier()
     begun = time.monotonic()
     with pytest.raises(PeerLostError) as caught:

@@ -6,7 +6,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -30,13 +30,6 @@ from ray_shm.errors import GroupClosedError, PeerLostError, StartError
 from ray_shm.store import GroupStore
 
 REASON = "rank 2 raised ValueError('no such token')"
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    pool = Pool()
-    yield pool
-    pool.close()
 
 
 # While an operation waits for a rank that does not come

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -21,13 +22,6 @@ from ray_shm.store import GroupStore
 
 SHORT = 1.0  # seconds; the timeout of what is to run into it
 LARGE = 1 << 20  # elements; so many go through gloo, fewer through memory that the ranks share
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    pool = Pool()
-    yield pool
-    pool.close()
 
 
 def ones(size: int) -> Any:
@@ -321,7 +315,7 @@ def check_killed(me: Rank) -> tuple[str, list[int]]:
     group = me.group("killed")
     group.barrier()
     if me.rank == 2:
-        os._exit(1)
+        os.kill(os.getpid(), signal.SIGKILL)
     return lost(group, lambda: group.all_reduce(ones(LARGE)))
 
 

@@ -88,13 +88,6 @@ def whole(no_leaks: None, group: ActorGroup) -> Iterator[None]:
     assert group.collective_rpc("rank", HANG) == RANKS
 
 
-@pytest.fixture
-def gate(tmp_path: Path) -> Iterator[Path]:
-    """Opened at the end, whatever happens: nobody is left waiting."""
-    yield tmp_path / "gate"
-    (tmp_path / "gate").touch()
-
-
 def on_victim(value: Any) -> Scatter:
     return Scatter([value if rank == VICTIM else None for rank in RANKS])
 

@@ -26,13 +26,6 @@ def no_leaks(group: ActorGroup) -> Iterator[None]:
     yield from check_for_leaks(group)
 
 
-@pytest.fixture
-def gate(tmp_path: Path) -> Iterator[Path]:
-    """Opened at the end, whatever happens: nobody is left waiting."""
-    yield tmp_path / "gate"
-    (tmp_path / "gate").touch()
-
-
 # ---- in step ---------------------------------------------------------------------------------------------------------
 
 

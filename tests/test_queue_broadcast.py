@@ -18,13 +18,6 @@ from ray_shm.errors import PeerLostError, RemoteError, StartError
 PORT = 29500  # on hosts where nobody else is
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    pool = Pool()
-    yield pool
-    pool.close()
-
-
 @pytest.fixture
 def hosts() -> Iterator[tuple[Host, Host]]:
     yield from lay_cable()

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,13 +20,6 @@ from ray_shm.deadline import Deadline
 from ray_shm.errors import GroupClosedError, PeerLostError
 
 REASON = "rank 2 raised ValueError('no such token')"
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    pool = Pool()
-    yield pool
-    pool.close()
 
 
 def queue_maps() -> int:
