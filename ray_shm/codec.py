@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from ray_shm import array_codec
+from ray_shm import array_codec, cuda_ipc
 from ray_shm.array_codec import reduce_array, reduce_memoryview
 from ray_shm.ring import Buffer
 
@@ -88,13 +88,14 @@ def _by_value_modules() -> set[str]:
 class _Sent:
     """What is pickled so far of one message."""
 
-    __slots__ = ("buffers", "memory", "stream", "write")
+    __slots__ = ("buffers", "memory", "sharer", "stream", "write")
 
     def __init__(self) -> None:
         self.stream: list[Any] = []  # the pickle, in the parts that pickle hands over: bytes, and large bytearrays
         self.write = self.stream.append  # what makes this a file for pickle
         self.buffers: list[memoryview] = []
         self.memory: Any = None  # tensor_codec.SentMemory, once there is a tensor
+        self.sharer: cuda_ipc.Sharer | None = None  # of the queue that it is for
 
     def keep(self, buffer: pickle.PickleBuffer) -> bool:
         """True: pickle it in band."""
@@ -118,7 +119,7 @@ class _Sent:
         if codec is None:
             return NotImplemented
         if self.memory is None:
-            self.memory = codec.SentMemory()
+            self.memory = codec.SentMemory(self.sharer)
         return codec.reduce(obj, self.memory)
 
     def frames(self, prefix: bytes) -> list[Buffer]:
@@ -209,20 +210,25 @@ class Encoder:
         self._pickler = _Pickler(self._sent)
         self._busy = False
 
-    def encode(self, obj: Any, prefix: bytes = b"") -> list[Buffer]:
+    def encode(self, obj: Any, prefix: bytes = b"", sharer: cuda_ipc.Sharer | None = None) -> list[Buffer]:
         """Frames of `obj`; the first starts with `prefix`. Buffers in them belong to `obj` still: send, then drop.
+
+        sharer: of the queue that they will be sent through, which CUDA tensors may then travel beside.
 
         Raises:
             whatever pickling `obj` raises (TypeError, PicklingError, ...); the encoder stays usable.
         """
         if self._busy:  # a __reduce__ method that itself sends
-            return Encoder().encode(obj, prefix)
+            return Encoder().encode(obj, prefix, sharer)
         self._busy = True
         sent = self._sent
+        sent.sharer = sharer
         stream = sent.stream
         try:
             if not self._quick(obj):
                 self._by_value(obj)
+            if sharer is not None and sent.memory is not None and sent.memory.outgoing is not None:
+                return self._with_device_frame(obj, prefix, sharer)
             if len(stream) > 1:
                 return sent.frames(prefix)
             first = prefix + stream[0] if prefix else stream[0]
@@ -233,6 +239,15 @@ class Encoder:
                 sent.drop()
             self._pickler.clear_memo()
             self._busy = False
+
+    def _with_device_frame(self, obj: Any, prefix: bytes, sharer: cuda_ipc.Sharer) -> list[Buffer]:
+        try:
+            last = self._sent.memory.outgoing.frame()
+        except Exception as exc:  # of the driver's
+            sharer.give_up(exc)
+            return Encoder().encode(obj, prefix)
+        frames = self._sent.frames(prefix)
+        return frames if last is None else [*frames, last]
 
     def _quick(self, obj: Any) -> bool:
         """Whether the reused pickler could do it; not where something goes by value, or cloudpickle may know more."""
@@ -274,13 +289,13 @@ def encoder() -> Encoder:
     return own
 
 
-def encode(obj: Any, prefix: bytes = b"") -> list[Buffer]:
+def encode(obj: Any, prefix: bytes = b"", sharer: cuda_ipc.Sharer | None = None) -> list[Buffer]:
     """Frames of `obj`; see Encoder.encode."""
     try:
         own: Encoder = _local.encoder
     except AttributeError:
         own = encoder()
-    return own.encode(obj, prefix)
+    return own.encode(obj, prefix, sharer)
 
 
 def decode(frames: Sequence[Buffer], skip: int = 0, owned: bool = False) -> Any:
@@ -300,6 +315,10 @@ def decode(frames: Sequence[Buffer], skip: int = 0, owned: bool = False) -> Any:
         first = first[skip:] if type(first) is memoryview or len(first) < 4096 else memoryview(first)[skip:]
     if len(frames) == 1:
         return pickle.loads(first)
+    last = frames[-1]
+    if type(last) is cuda_ipc.Received:
+        with last.at_hand():
+            return decode(frames[:-1], skip, owned)
     buffers = frames[1:]
     if first[0] != _CUT:
         return pickle.loads(first, buffers=buffers if owned else [_own_copy(frame) for frame in buffers])

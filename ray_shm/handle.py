@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ray_shm.ring import Shape
 from ray_shm.segment import SegmentRef
 
-HANDLE_VERSION = 3
+HANDLE_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True)

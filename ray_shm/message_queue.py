@@ -195,7 +195,8 @@ class MessageQueue:
                 stays usable. PeerLostError: a reader is gone. QueueClosedError. Whatever pickling raises.
         """
         deadline = _NEVER if timeout is None else Deadline.after(timeout)
-        (self._writer or self._require_writer()).send(codec.encode(obj), deadline)
+        writer = self._writer or self._require_writer()
+        writer.send(codec.encode(obj, b"", writer.sharer), deadline)
 
     def dequeue(
         self, timeout: float | None = None, indefinite: bool = False, *, cancel: threading.Event | None = None

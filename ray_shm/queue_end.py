@@ -31,6 +31,7 @@ class QueueStats:
         arena_bytes: writer: shared memory taken for large messages. leased_blocks, leased_bytes: reader's process:
             received memory that is still referred to, of all its queues.
         refused: writer: strangers turned away from the queue's TCP port.
+        shared: writer: of the messages, those whose CUDA tensors the readers fetch from this process's GPU memory.
     """
 
     messages: int
@@ -44,6 +45,7 @@ class QueueStats:
     leased_blocks: int = 0
     leased_bytes: int = 0
     refused: int = 0
+    shared: int = 0
 
 
 class QueueEnd:

@@ -70,6 +70,7 @@ class QueueWriter(QueueEnd):
             if self._local_ranks
             else None
         )
+        self.sharer = self._shm.sharer if self._shm is not None and not remote_ranks else None
         self._watch = ReaderWatch(self._shm) if self._shm is not None else None
         self._dead: set[int] = self._watch.dead if self._watch is not None else set()  # positions of local readers
         self._zmq = self._make_zmq(remote_ranks, max_chunk_bytes * max_chunks, ip, port_range) if remote_ranks else None
@@ -282,6 +283,7 @@ class QueueWriter(QueueEnd):
             self.behind(),
             shm.arena_bytes if shm is not None else 0,
             refused=self.refused,
+            shared=shm.sharer.messages if shm is not None else 0,
         )
 
     def _wake_waiting(self) -> None:

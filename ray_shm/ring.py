@@ -15,12 +15,14 @@ Layout, after the segment's 64-byte header (every line is 64 bytes, so that no t
          state   u32  0 absent, 1 attached, 2 closed
          pid     u32  the reader's process; 0: none has attached, and one may
          started u64  when that process started (segment.py), which tells it from a later one with the same pid
+         device  u32  0 unknown, 1 can, 2 cannot open the writer's GPU memory; see cuda_ipc.py
     leases       LEASES u32 per reader, page-aligned, written by that reader only; see arena.py
     data         capacity bytes (a power of two), page-aligned
 
 A record starts at a multiple of 64 and never wraps: ``total u64 | kind u32 | count u32 | length u64 x count | frames``,
 every frame at a multiple of 8 from the record's start, the record padded to 64 bytes. Kinds: INLINE (the frames stand
-here), LARGE (one frame that says where in the arena the frames stand), SKIP (nothing until the ring's start).
+here), LARGE (one frame that says where in the arena the frames stand), SKIP (nothing until the ring's start). The first
+two with DEVICE added: the last frame says where in GPU memory more stands (cuda_ipc.py).
 
 States of a byte at position p, and who may touch it:
 
@@ -61,9 +63,10 @@ from ray_shm import futex
 from ray_shm.futex import Word
 from ray_shm.segment import Segment, start_time
 
-INLINE, LARGE, SKIP = 0, 1, 2
+INLINE, LARGE, SKIP, DEVICE = 0, 1, 2, 4
 STARTING, READY, CLOSED = 0, 1, 2
 ABSENT, ATTACHED, LEFT = 0, 1, 2
+UNKNOWN, CAN, CANNOT = 0, 1, 2
 MAX_READERS = 4094  # bell values carry the ringer in 12 bits
 LEASES = 1024  # lease words of a reader: messages whose memory it may hold at once
 
@@ -271,6 +274,10 @@ class RingWriter:
     def started(self, reader: int) -> int:
         return self._longs[(_READERS + _LINE * reader + 16) // 8]
 
+    def device(self, reader: int) -> int:
+        """Whether `reader` can open GPU memory of this process. May be seen late: it still says UNKNOWN then."""
+        return self._ints[(_READERS + _LINE * reader + 24) // 4]
+
     def drop(self, reader: int) -> None:
         """Never wait for `reader` again. The owner knows that it left or that its process is gone."""
         self._dropped.add(reader)
@@ -283,6 +290,7 @@ class RingWriter:
         line = _READERS + _LINE * reader
         self._longs[line // 8] = self.published & _MASK  # not `tail`: behind that, a skip may still be announced
         self._ints[(line + 8) // 4] = ABSENT
+        self._ints[(line + 24) // 4] = UNKNOWN
         # SYNC POINT: payload before tail; here, the place, and the pid of 0 that says it is free.
         if futex.fence is not None:
             futex.fence()
@@ -332,6 +340,15 @@ class RingReader:
     def set_state(self, state: int) -> None:
         self._ints[(self._line + 8) // 4] = state
         self.bell.ring()
+
+    @property
+    def device(self) -> int:
+        """Whether this process can open GPU memory of the writer's."""
+        return self._ints[(self._line + 24) // 4]
+
+    @device.setter
+    def device(self, state: int) -> None:
+        self._ints[(self._line + 24) // 4] = state
 
     @property
     def phase(self) -> int:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 from ray_shm import arena, futex, ring
 from ray_shm.arena import Arena, Block
+from ray_shm.cuda_ipc import DeviceFrame, Received, Sharer
 from ray_shm.errors import StartError
 from ray_shm.handle import ShmAddress
 from ray_shm.lease import Leases
@@ -90,6 +91,7 @@ class ShmWriter:
         self._prepared: Block | None = None
         self.large = 0  # messages that went through the arena
         self._gone: set[int] = set()  # readers whose process is gone: their leases no longer count
+        self.sharer = Sharer(self.ring, self._bound)  # of GPU memory
 
     def try_send(self, frames: Sequence[Buffer], lengths: Sequence[int]) -> bool:
         """`room` and `send` in one, for the common case short. False: no room now. Raises as `room`."""
@@ -102,9 +104,17 @@ class ShmWriter:
         at = self.ring.reserve(total)
         if at is None:
             return False
-        self.ring.write(at, ring.INLINE, frames, total)
+        self.ring.write(at, self._kind(ring.INLINE, frames, total), frames, total)
         self.ring.publish(total)
         return True
+
+    def _kind(self, kind: int, frames: Sequence[Buffer], total: int) -> int:
+        """Of the record of a message, which is published next, `total` bytes from where the ring ends now."""
+        last = frames[-1]
+        if type(last) is not DeviceFrame:
+            return kind
+        self.sharer.register(last.outgoing, self.ring.tail + total)
+        return kind | ring.DEVICE
 
     def put(self, frame: Buffer) -> bool:
         """Send a message of one small frame if nothing is in the way; False: see `try_send`."""
@@ -149,7 +159,7 @@ class ShmWriter:
         """Publish a message for which `room` has just said yes."""
         total = record_bytes(lengths)
         if total <= self.ring.largest:
-            self._put(ring.INLINE, frames, total)
+            self._put(ring.INLINE, frames, frames, total)
             if self._tight:
                 self._count(None, sum(lengths))
             return
@@ -168,7 +178,7 @@ class ShmWriter:
         where = _WHERE.pack(block.offset, block.size, used, block.lease, block.generation)
         published = self.ring.published
         try:
-            self._put(ring.LARGE, [where], _WHERE_RECORD)
+            self._put(ring.LARGE, [where], frames, _WHERE_RECORD)
         finally:
             if self.ring.published != published:  # an exception may have come after that
                 self.large += 1
@@ -187,11 +197,12 @@ class ShmWriter:
     def _blocks(self) -> list[Block]:
         return [*(item.block for item in self._counted if item.block is not None), *self._leased]
 
-    def _put(self, kind: int, frames: Sequence[Buffer], total: int) -> None:
+    def _put(self, kind: int, stored: Sequence[Buffer], frames: Sequence[Buffer], total: int) -> None:
+        """stored: what stands in the ring of the message `frames`."""
         at = self.ring.reserve(total)
         if at is None:
             raise RuntimeError("send() without room(): a bug in ray-shm")
-        self.ring.write(at, kind, frames, total)
+        self.ring.write(at, self._kind(kind, frames, total), stored, total)
         self.ring.publish(total)
 
     def _count(self, block: Block | None, nbytes: int) -> None:
@@ -225,6 +236,7 @@ class ShmWriter:
 
     def trim(self) -> None:
         """Give back the memory of large messages that is long free; for when only small ones come."""
+        self.sharer.trim()
         if self._arena.reserved:
             self._note_read()
             self._reclaim()
@@ -286,6 +298,7 @@ class ShmWriter:
 
     def close(self) -> None:
         """Let go of the memory; readers that attached still read all that was sent. Idempotent."""
+        self.sharer.close()
         prepared = [self._prepared] if self._prepared is not None else []
         self._prepared = None
         self._arena.close([*self._blocks(), *prepared])
@@ -314,6 +327,7 @@ class ShmReader:
             )
         self.ring = RingReader(self._segment, address.shape, index, pid)
         self._leases = Leases(os.dup(self._segment.fd), self.ring.leases, self.ring.lease_release())
+        self._index = index
         self.large = 0  # messages that came through the arena
         self._frames: list[memoryview] | None = None  # of a large message that was peeked and not released
         self.owned = False  # the frames peeked last, but for the first, may be kept: they lie in leased memory
@@ -332,7 +346,14 @@ class ShmReader:
             return None
         kind, frames = record
         self.owned = False
-        return self._large(frames[0]) if kind == ring.LARGE else frames
+        return self._special(kind, frames) if kind else frames
+
+    def _special(self, kind: int, frames: list[memoryview]) -> list[memoryview]:
+        if kind & ring.LARGE:
+            frames = self._large(frames[0])
+        if kind & ring.DEVICE:
+            frames[-1] = Received.of(frames[-1], self.ring, self._index)  # type: ignore[call-overload]
+        return frames
 
     def _large(self, where: memoryview) -> list[memoryview]:
         offset, size, used, lease, generation = _WHERE.unpack(where)

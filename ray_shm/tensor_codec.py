@@ -9,6 +9,7 @@ with gaps (``t[::2]``, ``t[:, :3]``)        a contiguous copy of its elements
 several that overlap in memory              the bytes they cover together, once; they share memory after arrival too
 Parameter, simple subclass, requires_grad,  as the plain tensor below, dressed again by the receiver
 conjugate or negative bit, attributes
+CUDA, of SHARE_BYTES and more               beside the message where the queue can (cuda_ipc.py), else as the next
 on another device                           through host memory, to the receiver's current device of that type
 sparse, quantized, nested, meta, wrappers   by torch's own pickling, its storages out of band
 ==========================================  ============================================================================
@@ -26,6 +27,8 @@ from pickle import PickleBuffer
 from typing import Any
 
 import torch
+
+from ray_shm import cuda_ipc
 
 WORTH_SHARING = 4  # overlapping views go as one region unless that is so many times the bytes of the views themselves
 _BY_ADDRESS = ("cuda", "xpu")  # devices with ordinary storages; others are copied by torch alone
@@ -59,11 +62,16 @@ class SentMemory:
     The usual tensor covers memory of its own. One that lies inside of an earlier one becomes a view of that. Where they
     overlap otherwise the earlier one is already pickled too small: `overlap` is set, and the message must be pickled
     again after `merge`.
+
+    Attributes:
+        outgoing: GPU memory that goes beside the message; None as long as there is none.
     """
 
-    __slots__ = ("_regions", "_starts", "overlap")
+    __slots__ = ("_regions", "_sharer", "_starts", "outgoing", "overlap")
 
-    def __init__(self) -> None:
+    def __init__(self, sharer: cuda_ipc.Sharer | None) -> None:
+        self._sharer = sharer
+        self.outgoing: cuda_ipc.Outgoing | None = None
         self._starts: list[int] = []  # of the regions, sorted; regions are disjoint
         self._regions: list[_Region] = []
         self.overlap = False
@@ -103,6 +111,16 @@ class SentMemory:
             region.base = _base_of(region)
         self._starts = [region.start for region in self._regions]
         self.overlap = False
+        if self.outgoing is not None:
+            self.outgoing.restart()
+
+    def beside(self, tensor: Any) -> int | None:
+        """Number of a contiguous tensor that goes beside the message; None: it goes through host memory."""
+        if self._sharer is None or not cuda_ipc.memory.suits(tensor):
+            return None
+        if self.outgoing is None:
+            self.outgoing = self._sharer.begin()
+        return None if self.outgoing is None else self.outgoing.take(tensor)
 
 
 def _base_of(region: _Region) -> Any:
@@ -148,11 +166,11 @@ def _reduce_plain(tensor: Any, sent: SentMemory) -> Any:
     if region is not None and region.base is not tensor:
         return _rebuild_view, (region.base, name, shape, tensor.stride(), start - region.start)
     if contiguous:
-        return _rebuild_contiguous, (_exported(tensor), name, shape, device)
+        return _rebuild_contiguous, (_exported(tensor, sent), name, shape, device)
     if covered <= n_bytes:
         flat = tensor.as_strided((covered // tensor.itemsize,), (1,))
-        return _rebuild_strided, (_exported(flat), name, shape, tensor.stride(), device)
-    return _rebuild_contiguous, (_exported(tensor.contiguous()), name, shape, device)
+        return _rebuild_strided, (_exported(flat, sent), name, shape, tensor.stride(), device)
+    return _rebuild_contiguous, (_exported(tensor.contiguous(), sent), name, shape, device)
 
 
 def _addressed(device: str | None) -> bool:
@@ -166,8 +184,10 @@ def _covered(tensor: Any) -> int:
     return covered
 
 
-def _exported(tensor: Any) -> PickleBuffer:
-    """The bytes of a contiguous tensor; from another device, a copy in host memory."""
+def _exported(tensor: Any, sent: SentMemory | None = None) -> PickleBuffer | int:
+    """The bytes of a contiguous tensor; from another device a copy in host memory, or its number beside the message."""
+    if sent is not None and not tensor.is_cpu and (number := sent.beside(tensor)) is not None:
+        return number
     same_size = _EXPORTED_AS.get(tensor.dtype)
     if same_size is not None:
         tensor = tensor.view(same_size)
@@ -225,6 +245,8 @@ def _reduce_storage(storage: Any) -> Any:
 
 
 def _flat(buffer: Any, name: str, device: str | None) -> Any:
+    if type(buffer) is int:
+        return cuda_ipc.opened(buffer).view(getattr(torch, name))
     if device is None:
         return torch.frombuffer(buffer, dtype=getattr(torch, name))
     return _placed(torch.frombuffer(buffer, dtype=torch.uint8), device).view(getattr(torch, name))

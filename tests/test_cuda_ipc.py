@@ -1,0 +1,423 @@
+"""CUDA tensors that readers fetch from the writer's GPU memory: who may, when, and what becomes of the memory.
+
+Most of it with files in place of GPU memory (fake_gpu.py); the sharing itself only where there is a GPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from fake_gpu import FakeMemory, install, send_tensors_as_from_a_gpu
+from reader_pool import WATCHDOG, Me, Peer, attach, attach_only, close, peers_for
+
+from ray_shm.cuda_ipc import SHARE_BYTES
+from ray_shm.message_queue import MessageQueue
+from ray_shm.ring import CAN, CANNOT, UNKNOWN
+
+COUNT = SHARE_BYTES // 4  # of float32
+BOUND = 8 * SHARE_BYTES
+pytestmark = pytest.mark.usefixtures("what_stays")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture
+def gpu(monkeypatch: Any) -> Iterator[FakeMemory]:
+    """This process's; what it shares must have been let go of in the end."""
+    memory = send_tensors_as_from_a_gpu(monkeypatch)
+    yield memory
+    gc.collect()
+    assert memory.kept == set()
+
+
+@pytest.fixture(scope="module")
+def spare() -> Iterator[list[Peer]]:
+    """Two readers' processes that have imported torch, which takes seconds."""
+    with peers_for(2) as made:
+        for peer in made:
+            peer.run(has_gpu)
+        yield made
+
+
+@pytest.fixture
+def queue(spare: list[Peer]) -> Iterator[MessageQueue]:
+    with queue_to(spare) as made:
+        yield made
+        for peer in spare:
+            peer.run(close)
+
+
+def queue_to(peers: list[Peer], **options: Any) -> MessageQueue:
+    queue = MessageQueue(len(peers), len(peers), None, SHARE_BYTES, 8, **options)
+    for rank, peer in enumerate(peers):
+        peer.start(attach, queue.export_handle(), rank)
+    queue.wait_until_ready(WATCHDOG)
+    for peer in peers:
+        peer.result()
+    return queue
+
+
+def words(queue: MessageQueue) -> list[int]:
+    ring = queue._require_writer()._shm.ring  # type: ignore[union-attr]
+    return [ring.device(i) for i in range(ring.shape.n_readers)]
+
+
+def tensor(value: float = 1.0) -> Any:
+    return torch.full((COUNT,), float(value))
+
+
+def give(queue: MessageQueue, peers: list[Peer], obj: Any) -> list[Any]:
+    """What each reader makes of it."""
+    queue.enqueue(obj, WATCHDOG)
+    return [peer.run(summary) for peer in peers]
+
+
+# In a reader's process
+
+
+def has_gpu(me: Me) -> None:
+    install()
+
+
+def opens(me: Me, how: str) -> None:
+    install().opens = how
+
+
+def summary(me: Me) -> Any:
+    """(first, last, number of elements) of each tensor of the next message. Writes to them when that is known."""
+    received = me.queue.dequeue(WATCHDOG)
+    tensors = received if isinstance(received, list) else [received]
+    found = [(float(t.flatten()[0]), float(t.flatten()[-1]), t.numel()) for t in tensors]
+    for t in tensors:
+        t.fill_(-1.0)
+    return found
+
+
+def kind_of_error(me: Me) -> tuple[str, str]:
+    try:
+        me.queue.dequeue(WATCHDOG)
+    except Exception as exc:
+        return type(exc).__name__, str(exc)
+    return "", ""
+
+
+def share_memory(me: Me) -> bool:
+    whole, part = me.queue.dequeue(WATCHDOG)
+    part[0] = 7.0
+    return float(whole[COUNT]) == 7.0
+
+
+def become_writer(me: Me) -> Any:
+    send_tensors_as_from_a_gpu(pytest.MonkeyPatch())
+    me.queue = MessageQueue(1, 1, None, SHARE_BYTES, 8)
+    return me.queue.export_handle()
+
+
+def put(me: Me, value: float) -> int:
+    me.queue.enqueue(torch.full((COUNT,), value))
+    shared: int = me.queue.stats().shared
+    return shared
+
+
+# Who may
+
+
+def test_tensors_are_shared_once_every_reader_has_opened_a_probe(
+    gpu: FakeMemory, queue: MessageQueue, spare: list[Peer]
+) -> None:
+    assert words(queue) == [UNKNOWN, UNKNOWN]
+    assert give(queue, spare, tensor(1.0)) == 2 * [[(1.0, 1.0, COUNT)]]
+    assert (words(queue), queue.stats().shared) == ([CAN, CAN], 0)
+    for turn in range(1, 4):
+        assert give(queue, spare, tensor(turn)) == 2 * [[(turn, turn, COUNT)]]
+        assert queue.stats().shared == turn
+
+
+def test_the_writer_may_change_its_tensor_as_soon_as_it_is_sent(
+    gpu: FakeMemory, queue: MessageQueue, spare: list[Peer]
+) -> None:
+    give(queue, spare, tensor())
+    sent = tensor(5.0)
+    queue.enqueue(sent)
+    sent.fill_(6.0)
+    assert queue.stats().shared == 1
+    # One reader writes to what it got before the other looks.
+    assert [peer.run(summary) for peer in spare] == 2 * [[(5.0, 5.0, COUNT)]]
+    assert sent[0] == 6.0
+
+
+def test_small_tensors_and_everything_else_travel_with_the_message(
+    gpu: FakeMemory, queue: MessageQueue, spare: list[Peer]
+) -> None:
+    give(queue, spare, tensor())
+    small = torch.ones(100)
+    assert give(queue, spare, [small, tensor(2.0), small]) == 2 * [[(1, 1, 100), (2, 2, COUNT), (1, 1, 100)]]
+    assert queue.stats().shared == 1
+    assert give(queue, spare, [small]) == 2 * [[(1, 1, 100)]]
+    assert queue.stats().shared == 1
+
+
+@pytest.mark.parametrize("how", ["not", "wrong"])
+def test_one_reader_that_cannot_open_it_and_all_goes_through_host_memory(
+    gpu: FakeMemory, spare: list[Peer], how: str
+) -> None:
+    spare[1].run(opens, how)
+    try:
+        with queue_to(spare) as queue:
+            for turn in range(3):
+                assert give(queue, spare, tensor(turn)) == 2 * [[(turn, turn, COUNT)]]
+            assert (words(queue), queue.stats().shared) == ([CAN, CANNOT], 0)
+            for peer in spare:
+                peer.run(close)
+    finally:
+        spare[1].run(opens, "right")
+
+
+def test_a_reader_in_the_writers_process_gets_it_through_host_memory(gpu: FakeMemory) -> None:
+    with MessageQueue(1, 1) as queue, MessageQueue.create_from_handle(queue.export_handle(), 0) as reader:
+        for turn in range(2):
+            queue.enqueue(tensor(turn))
+            assert torch.equal(reader.dequeue(WATCHDOG), tensor(turn))
+        assert (words(queue), queue.stats().shared) == ([CANNOT], 0)
+
+
+def test_a_queue_with_a_reader_on_another_node_shares_nothing(gpu: FakeMemory, peer: Peer) -> None:
+    with MessageQueue(1, 0) as queue:
+        peer.run(has_gpu)
+        peer.start(attach, queue.export_handle(), 0)
+        queue.wait_until_ready(WATCHDOG)
+        peer.result()
+        for turn in range(2):
+            assert give(queue, [peer], tensor(turn)) == [[(turn, turn, COUNT)]]
+        assert queue.stats().shared == 0
+        peer.run(close)
+
+
+def test_where_nothing_can_be_shared_the_message_goes_through_host_memory(
+    gpu: FakeMemory, queue: MessageQueue, spare: list[Peer], caplog: Any
+) -> None:
+    give(queue, spare, tensor())
+    gpu.full = True
+    assert give(queue, spare, tensor(2.0)) == 2 * [[(2.0, 2.0, COUNT)]]
+    assert "sharing GPU memory failed: out of memory" in caplog.text
+    gpu.full = False
+    assert give(queue, spare, tensor(3.0)) == 2 * [[(3.0, 3.0, COUNT)]]
+    assert queue.stats().shared == 0
+
+
+def test_a_new_process_in_a_readers_place_is_asked_again(gpu: FakeMemory, spare: list[Peer]) -> None:
+    with peers_for(2) as [first, second], queue_to([spare[0], first]) as queue:
+        give(queue, [spare[0]], tensor())  # the other one has not imported torch, and never reads it
+        writer = queue._require_writer()
+        first.kill()
+        writer.drop(1)
+        give(queue, [spare[0]], tensor())
+        assert queue.stats().shared == 1  # nobody else counts
+        writer.readmit(1)
+        assert words(queue) == [CAN, UNKNOWN]
+        second.run(has_gpu)
+        second.run(attach_only, queue.export_handle(), 1)
+        both = [spare[0], second]
+        for turn, shared in enumerate([1, 2]):
+            assert give(queue, both, tensor(turn)) == 2 * [[(turn, turn, COUNT)]]
+            assert queue.stats().shared == shared
+        for peer in both:
+            peer.run(close)
+
+
+# What is shared
+
+
+def test_tensors_that_overlap_share_memory_after_arrival(
+    gpu: FakeMemory, queue: MessageQueue, spare: list[Peer]
+) -> None:
+    give(queue, spare, tensor())
+    whole = torch.zeros(2 * COUNT)
+    for pair in ([whole, whole[COUNT:]], [whole[: COUNT + 10], whole[COUNT:]]):  # inside, and across the end
+        shared = queue.stats().shared
+        queue.enqueue(pair)
+        assert [peer.run(share_memory) for peer in spare] == [True, True]
+        assert queue.stats().shared == shared + 1
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.bool, torch.complex64, torch.int64], ids=str
+)
+def test_tensors_of_any_dtype_and_order(
+    gpu: FakeMemory, queue: MessageQueue, spare: list[Peer], dtype: torch.dtype
+) -> None:
+    give(queue, spare, tensor())
+    bits = torch.randint(0, 2, (1024, SHARE_BYTES // 1024), dtype=torch.uint8)
+    sent = bits.view(dtype) if dtype is not torch.bool else bits.bool()
+    queue.enqueue([sent, sent.t(), sent[::1, : sent.shape[1] - 1].repeat(2, 1)])
+    want = [checksum(t) for t in (sent, sent.t(), sent[:, :-1].repeat(2, 1))]
+    assert [peer.run(checksums) for peer in spare] == [want, want]
+    assert queue.stats().shared == 1
+
+
+def checksum(t: Any) -> tuple[str, tuple[int, ...], tuple[int, ...], int]:
+    flat = t.contiguous().view(-1).view(torch.uint8)
+    return str(t.dtype), tuple(t.shape), t.stride(), int((flat * torch.arange(len(flat), dtype=torch.int64)).sum())
+
+
+def checksums(me: Me) -> list[Any]:
+    return [checksum(t) for t in me.queue.dequeue(WATCHDOG)]
+
+
+# What becomes of the memory
+
+
+def test_unread_gpu_memory_is_bounded(gpu: FakeMemory, queue: MessageQueue, spare: list[Peer]) -> None:
+    give(queue, spare, tensor())
+    fit = BOUND // SHARE_BYTES
+    for turn in range(fit + 3):
+        queue.enqueue(tensor(turn))
+    assert queue.stats().shared == fit
+    assert len(gpu.kept) == fit * 2
+    for turn in range(fit + 3):
+        assert [peer.run(summary) for peer in spare] == 2 * [[(turn, turn, COUNT)]]
+    give(queue, spare, tensor())
+    assert queue.stats().shared == fit + 1
+    assert len(gpu.kept) == 2
+
+
+def test_one_tensor_beyond_the_bound_goes_alone(gpu: FakeMemory, queue: MessageQueue, spare: list[Peer]) -> None:
+    give(queue, spare, tensor())
+    beyond = torch.full((2 * BOUND // 4,), 3.0)
+    assert give(queue, spare, beyond) == 2 * [[(3.0, 3.0, beyond.numel())]]
+    assert queue.stats().shared == 1
+    nearly = beyond[: BOUND // 4 - COUNT // 2]
+    queue.enqueue([tensor(4.0), nearly])  # not alone in the message
+    assert len(gpu.kept) == 2
+    assert [peer.run(summary) for peer in spare] == 2 * [[(4.0, 4.0, COUNT), (3.0, 3.0, nearly.numel())]]
+    queue.enqueue(tensor(5.0))
+    queue.enqueue(nearly)  # not alone in the queue
+    assert len(gpu.kept) == 2
+    assert [peer.run(summary) for peer in spare] == 2 * [[(5.0, 5.0, COUNT)]]
+    assert [peer.run(summary) for peer in spare] == 2 * [[(3.0, 3.0, nearly.numel())]]
+
+
+def test_small_messages_have_read_memory_let_go(gpu: FakeMemory, queue: MessageQueue, spare: list[Peer]) -> None:
+    give(queue, spare, tensor())
+    give(queue, spare, tensor())
+    assert gpu.kept
+    for turn in range(64):
+        give(queue, spare, [torch.full((2,), float(turn))])
+    assert not gpu.kept
+
+
+def test_what_could_not_be_sent_is_let_go(gpu: FakeMemory, queue: MessageQueue, spare: list[Peer]) -> None:
+    give(queue, spare, tensor())
+    queue.enqueue(bytes(BOUND))
+    with pytest.raises(TimeoutError):
+        queue.enqueue([tensor(), bytes(SHARE_BYTES)], timeout=0.05)
+    gc.collect()
+    assert not gpu.kept
+    assert queue.stats().shared == 0
+    for peer in spare:
+        peer.run(take)
+    assert give(queue, spare, tensor(2.0)) == 2 * [[(2.0, 2.0, COUNT)]]
+
+
+def take(me: Me) -> None:
+    me.queue.dequeue(WATCHDOG)
+
+
+def test_a_closed_writers_memory_is_there_for_readers_that_are_attached(gpu: FakeMemory, spare: list[Peer]) -> None:
+    queue = queue_to(spare)
+    give(queue, spare, tensor())
+    queue.enqueue(tensor(2.0))
+    spare[1].run(close)
+    queue.close()
+    assert len(gpu.kept) == 1  # torch's to free, once the reader lets go of it
+    assert spare[0].run(summary) == [(2.0, 2.0, COUNT)]
+    spare[0].run(close)
+    for fd in list(gpu.kept):
+        gpu.release((0, fd))
+
+
+def test_a_reader_that_dies_keeps_nothing(gpu: FakeMemory, spare: list[Peer]) -> None:
+    with peers_for(1) as [doomed], queue_to([spare[0], doomed], drop_dead_readers=True) as queue:
+        doomed.run(has_gpu)
+        give(queue, [spare[0], doomed], tensor())
+        queue.enqueue(tensor(2.0))
+        assert len(gpu.kept) == 2
+        assert spare[0].run(summary) == [(2.0, 2.0, COUNT)]
+        doomed.kill()
+        until = time.monotonic() + WATCHDOG
+        while 1 not in queue._require_writer()._shm.ring.dropped and time.monotonic() < until:  # type: ignore[union-attr]
+            queue._require_writer().require_readers()
+        assert give(queue, [spare[0]], tensor(3.0)) == [[(3.0, 3.0, COUNT)]]
+        assert len(gpu.kept) == 1
+        spare[0].run(close)
+
+
+def test_the_memory_of_a_writer_that_is_gone_is_an_error_that_says_so(spare: list[Peer]) -> None:
+    with peers_for(1) as [writer]:
+        handle = writer.run(become_writer)
+        pid = writer.process.pid
+        spare[0].run(attach_only, handle, 0)
+        writer.run(put, 1.0)
+        assert spare[0].run(summary) == [(1.0, 1.0, COUNT)]
+        assert writer.run(put, 2.0) == 1
+        writer.kill()
+        kind, text = spare[0].run(kind_of_error)
+        assert kind == "PeerLostError"
+        assert f"its writer (pid {pid}) is gone, and its GPU memory with it" in text
+        spare[0].run(close)
+
+
+# With a GPU
+
+
+def take_cuda(me: Me) -> Any:
+    """As `summary`, and where it is."""
+    received = me.queue.dequeue(WATCHDOG)
+    found = checksum(received.cpu()), str(received.device), torch.cuda.current_device()
+    received.zero_()
+    torch.cuda.synchronize()
+    return found
+
+
+def start_cuda(me: Me) -> None:
+    torch.ones(1).cuda()
+
+
+@needs_cuda
+@pytest.mark.parametrize("count", [COUNT, 64 * COUNT], ids=["1MiB", "64MiB"])
+def test_cuda_tensors_reach_two_processes_by_ipc(count: int) -> None:
+    with peers_for(2) as peers, queue_to(peers) as queue:
+        for peer in peers:
+            peer.run(start_cuda)
+        for turn in range(20):
+            sent = torch.rand(count, device="cuda")
+            want = checksum(sent.cpu())
+            queue.enqueue(sent, WATCHDOG)
+            sent.zero_()
+            for peer in peers:
+                found, device, current = peer.run(take_cuda)
+                assert (found, device) == (want, f"cuda:{current}")
+            assert queue.stats().shared == turn, "the readers could not open the probe; see their log"
+        for peer in peers:
+            peer.run(close)
+        del sent
+        torch.cuda.ipc_collect()
+        queue._require_writer().sharer.trim()  # type: ignore[union-attr]
+        torch.cuda.ipc_collect()
+        assert torch.cuda.memory_allocated() < 3 * 4 * count
+
+
+@needs_cuda
+def test_cuda_tensors_for_a_process_without_torch_go_through_host_memory() -> None:
+    with peers_for(1) as [peer], queue_to([peer]) as queue:
+        for _ in range(2):
+            sent = torch.rand(COUNT, device="cuda")
+            queue.enqueue(sent, WATCHDOG)
+            found, _, _ = peer.run(take_cuda)
+            assert found == checksum(sent.cpu())
+        assert queue.stats().shared == 0
+        peer.run(close)
