@@ -39,7 +39,7 @@ from ray_shm.handle import Handle
 from ray_shm.membership import Membership
 from ray_shm.message_queue import MAX_CHUNK_BYTES, MAX_CHUNKS
 from ray_shm.process_group_queues import Gathering, try_out
-from ray_shm.queue_end import QueueStats
+from ray_shm.queue_end import QueueStats, close_all
 from ray_shm.queue_reader import QueueReader
 from ray_shm.queue_writer import QueueWriter
 from ray_shm.ring import Buffer
@@ -171,27 +171,38 @@ class Route:
 
 @dataclass(slots=True)
 class _Ends:
-    """Queue ends that are open. Whatever thread closes them, and however many do: when `close` returns all are."""
+    """Queue ends that are open. Whatever thread closes them, and however many do: when `close` returns all are.
+
+    But for a thread that is inside of one of them (the unpickling of an object broadcasts in turn): another thread that
+    closes them is done once this one is out.
+    """
 
     open: list[QueueReader | QueueWriter] = field(default_factory=list)
+    closing: list[QueueReader | QueueWriter] = field(default_factory=list)
     ended: bool = False
-    lock: Any = field(default_factory=threading.RLock)  # held for a few instructions
-    closing: Any = field(default_factory=threading.Lock)
+    changed: threading.Condition = field(default_factory=threading.Condition)  # held for a few instructions
 
     def add(self, ends: Sequence[QueueReader | QueueWriter]) -> bool:
         """False: it has ended, and they are not taken."""
-        with self.lock:
+        with self.changed:
             if not self.ended:
                 self.open += ends
             return not self.ended
 
     def close(self) -> None:
-        with self.closing:
-            with self.lock:
-                self.ended = True
-                ends, self.open = self.open, []
-            for end in ends:
-                end.close()
+        with self.changed:
+            self.ended = True
+            ends, self.open = self.open, []
+            self.closing += ends
+        try:
+            close_all(ends)
+        finally:
+            with self.changed:
+                self.closing = [end for end in self.closing if end not in ends]
+                self.changed.notify_all()
+        with self.changed:
+            while self.closing and not any(end.is_used_here for end in self.closing):
+                self.changed.wait()
 
 
 class QueueBroadcaster:
@@ -265,7 +276,7 @@ class QueueBroadcaster:
 
     def stop(self) -> None:
         """Ends what waits in a queue, here and at the peers. From any thread; waits for nothing."""
-        with self._ends.lock:
+        with self._ends.changed:
             self._ends.ended = True
             if self._ends.open:
                 threading.Thread(target=self._ends.close, name="ray-shm-queues-close", daemon=True).start()

@@ -9,6 +9,7 @@ import os
 import threading
 import warnings
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ray_shm.deadline import Deadline
@@ -61,15 +62,28 @@ class QueueEnd:
 
     def close(self) -> None:
         """Leave the queue. Idempotent, from any thread."""
-        if self._closed:
-            return
-        self._closed = True
-        while not self._lock.acquire(timeout=_WAKE_AGAIN):  # another thread waits: wake it, it sees _closed
+        close_all([self])
+
+    def _begin_closing(self) -> bool:
+        """False: that was begun before."""
+        begun, self._closed = self._closed, True
+        return not begun
+
+    def _finish_closing(self) -> bool:
+        """False: another thread waits in here; it is woken, and sees _closed."""
+        if not self._lock.acquire(timeout=_WAKE_AGAIN):
             self._wake_waiting()
+            return False
         try:
             self._free()
         finally:
             self._lock.release()
+        return True
+
+    @property
+    def is_used_here(self) -> bool:
+        """Whether this thread is inside of it: it reads, and is now called back by what it reads, or by a signal."""
+        return self._lock._is_owned()  # type: ignore[attr-defined,no-any-return]
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True) and self._pid == os.getpid():
@@ -100,6 +114,13 @@ class QueueEnd:
                 "forked; attach here with MessageQueue.create_from_handle, or make a new queue"
             )
         raise QueueClosedError("this end of the queue was closed in this process; make a new queue")
+
+
+def close_all(ends: Iterable[QueueEnd]) -> None:
+    """Close several. One thread may be inside of two of them: reading one, it waits in the other. So all are woken."""
+    left = [end for end in ends if end._begin_closing()]
+    while left:
+        left = [end for end in left if not end._finish_closing()]
 
 
 def _abandon_all() -> None:

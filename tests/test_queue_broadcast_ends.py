@@ -127,11 +127,13 @@ def parks(group: StatelessGroupCoordinator, src: int) -> int:
     return sum(end.parks for end in groups.queues.stats().get(src, [])) if groups is not None else 0
 
 
-def released_in(group: StatelessGroupCoordinator, src: int, operation: Callable[[], Any]) -> None:
+def released_in(group: StatelessGroupCoordinator, src: int, operation: Callable[[], Any], laid: bool = False) -> None:
+    """Releases it once it sleeps in the queue of `src`. `laid`: that queue is there."""
     before = parks(group, src)
+    laid = laid or before > 0
 
     def release() -> None:
-        wait_until(lambda: group.operation == "broadcast_object" if before == 0 else parks(group, src) > before)
+        wait_until(lambda: parks(group, src) > before if laid else group.operation == "broadcast_object")
         assert group.release(REASON)
 
     thread = alongside(release)
@@ -186,6 +188,50 @@ def check_released(me: Rank) -> None:
 
 def test_a_release_ends_every_wait_and_the_group_is_formed_again(pool: Pool) -> None:
     pool.run(check_released)
+
+
+class BroadcastsAgain:
+    """Unpickled, it is what rank 1 broadcasts, or `count` broadcasts of the reader's own."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __reduce__(self) -> Any:
+        return broadcast_in_turn, (self.count,)
+
+
+nesting: list[StatelessGroupCoordinator] = []  # the group of `broadcast_in_turn`
+
+
+def broadcast_in_turn(count: int) -> Any:
+    for _ in range(count):
+        nesting[0].broadcast_object(bytes(50_000), 2)
+    return nesting[0].broadcast_object(None, 1)
+
+
+def check_released_amid_an_object(me: Rank, count: int) -> None:
+    use_once(me, f"before nested {count}")
+    before = open_handles(), queue_maps()
+    group, control = me.queue_group(f"nested {count}"), me.group(f"control of nested {count}")
+    nesting[:] = [group]
+    for turn in range(2):
+        assert [group.broadcast_object(me.rank, src) for src in range(3)] == [0, 1, 2]
+        if me.rank == 0:
+            group.broadcast_object(BroadcastsAgain(count))
+        if me.rank == 2:
+            released_in(group, 2 if count else 1, group.broadcast_object, laid=True)
+        control.barrier()
+        group.reform(turn + 1)
+    nesting.clear()
+    group.barrier()
+    group.destroy()
+    control.destroy()
+    assert [growth(before[0]), queue_maps() - before[1]] == [(0, 0), 0], os.listdir("/proc/self/fd")
+
+
+@pytest.mark.parametrize("count", [0, 1000], ids=["reading", "sending"])
+def test_a_release_ends_what_an_object_does_while_it_is_unpickled(pool: Pool, count: int) -> None:
+    pool.run(check_released_amid_an_object, count)
 
 
 class InterruptError(Exception):
