@@ -244,7 +244,7 @@ class Encoder:
         try:
             last = self._sent.memory.outgoing.frame()
         except Exception as exc:  # of the driver's
-            sharer.give_up(exc)
+            sharer.failed(exc)
             return Encoder().encode(obj, prefix)
         frames = self._sent.frames(prefix)
         return frames if last is None else [*frames, last]

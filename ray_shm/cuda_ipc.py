@@ -5,24 +5,28 @@ node share (queue_writer.py), and only tensors of SHARE_BYTES and more (tensor_c
 host memory. One message::
 
     writer   copies the tensor on its GPU (the caller's is the caller's again when `enqueue` returns), waits for the
-             copy, and shares it with each reader: where its memory is travels behind the message's own frames
+             copy, and shares it: where its memory is travels behind the message's own frames
     reader   while it unpickles: opens that, copies it to memory of its own on its current device, and lets go
 
-The sharing itself is torch's, as torch.multiprocessing does it (torch/csrc/StorageSharing.cpp, "CUDA IPC Refcounting
-implementation explained"). Its counters are for one consumer each, hence one share per reader; the memory is torch's
-again once all of them were let go of, also after the queue was closed.
+Handles and mappings are torch's, as torch.multiprocessing uses them (torch/csrc/StorageSharing.cpp). Its counters are
+not: they are for one consumer each, are not atomic, and go wrong below zero. A queue knows who has read what, so the
+writer keeps its copy until every reader's cursor is past the message, or that reader is gone, and then takes the one
+count back itself; readers are given the name of a counter that does not exist.
 
 Whether a reader can open the writer's memory (peer access, containers, the allocator's settings, the driver) is tried,
 not guessed. A reader's word in the ring (`RingReader.device`) says how that went, and the writer shares only while all
 of them say CAN::
 
     UNKNOWN   CUDA tensors go through host memory, and each message takes a probe along: a few random bytes in GPU
-              memory, and the same in plain sight
+              memory, and the same in plain sight. It stays so while the reader has not imported torch
     CAN       the reader has opened a probe and has found the bytes
-    CANNOT    it has not: through host memory, until another process has this reader's place
+    CANNOT    it has not, or could not open a tensor later: through host memory, until another process has its place
+
+All of a writer's tensors are shared from one of its devices, the probe's, so that one word is enough.
 
 What is unread is bounded as a queue's other memory is: beyond it tensors go through host memory. A writer that ends
-takes its GPU memory along, so what is unread then cannot be opened any more, unlike all else in a queue.
+takes its GPU memory along, so what is unread then cannot be opened any more, unlike all else in a queue; one that is
+killed leaves torch's file of counters behind (/dev/shm/torch_<pid>_..., 80 kB).
 """
 
 from __future__ import annotations
@@ -35,22 +39,34 @@ import secrets
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray_shm.errors import PeerLostError
 from ray_shm.ring import ATTACHED, CAN, CANNOT, UNKNOWN
+from ray_shm.segment import start_time
 
 if TYPE_CHECKING:
     from ray_shm.ring import RingReader, RingWriter
 
 SHARE_BYTES = 1 << 20  # below, two copies between host and GPU cost less than opening memory (not measured: no GPU)
 _PROBE_BYTES = 64
+_NO_COUNTER = b"/ray_shm_none"  # torch looks for it, and takes it that the other process has ended
 
-Token = tuple[Any, ...]  # says one reader where memory is
+Token = tuple[Any, ...]  # says a reader where memory is
 
 _log = logging.getLogger(__name__)
 _here = threading.local()
+
+
+@dataclass(slots=True)
+class Shared:
+    """GPU memory that others may open, for as long as this is kept and `CudaMemory.unshare` was not called."""
+
+    own: Any
+    token: Token
+    counter: tuple[Any, ...]
 
 
 class CudaMemory:
@@ -60,63 +76,59 @@ class CudaMemory:
         """Whether a tensor is worth sharing."""
         return bool(tensor.is_cuda) and tensor.nbytes >= SHARE_BYTES
 
-    def copy(self, flat: Any) -> Any:
-        """A copy on the same device, complete."""
+    def copy(self, flat: Any, device: Any) -> Any:
+        """A copy on `device`, complete."""
         import torch
 
-        own = flat.clone(memory_format=torch.contiguous_format)
-        torch.cuda.current_stream(flat.device).synchronize()
+        own = flat.to(device, copy=True)
+        for used in {flat.device, own.device}:
+            if used.type != "cpu":
+                torch.cuda.current_stream(used).synchronize()
         return own
 
-    def probe(self, content: bytes, near: Any) -> Any:
-        """`content` on the device of the tensor `near`, complete."""
+    def share(self, own: Any) -> Shared:
+        _, handle, size, start, counters, counter, event, _ = own.untyped_storage()._share_cuda_()
+        return Shared(own, (handle, size, start, event, own.storage_offset(), own.numel()), (counters, counter))
+
+    def unshare(self, shared: Shared) -> None:
+        """Once: nobody opens it any more, and the memory is torch's again when the tensor goes."""
         import torch
 
-        return self.copy(torch.frombuffer(bytearray(content), dtype=torch.uint8).to(near.device))
-
-    def share(self, own: Any) -> Token:
-        """For one reader. The memory is kept until it was opened and let go of, or `release`."""
-        import torch
-
-        index, *where = own.untyped_storage()._share_cuda_()
-        return str(torch.cuda.get_device_properties(index).uuid), own.storage_offset(), own.numel(), tuple(where)
-
-    def release(self, token: Token) -> None:
-        """In place of a reader that has not opened it; does no harm where it has."""
-        import torch
-
-        _, _, _, (_, _, _, counters, counter, *_) = token
-        torch.UntypedStorage._release_ipc_counter_cuda(counters, counter)
+        torch.UntypedStorage._release_ipc_counter_cuda(*shared.counter)
 
     def open(self, token: Token) -> Any:
         """What was shared, in memory of this process's current device; the writer's is let go of."""
         import torch
 
-        uuid, offset, count, (handle, size, start, counters, counter, event, _) = token
+        handle, size, start, event, offset, count = token
+        # Through the current device also where the writer's is visible: a context there would cost its memory.
         current = torch.cuda.current_device()
-        uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
-        # A GPU that is not visible here is opened through the current one, if the two can reach each other.
-        index = uuids.index(uuid) if uuid in uuids else current
-        # The writer has waited for its copy, so nothing is left to wait for (the last argument).
-        storage = torch.UntypedStorage._new_shared_cuda(index, handle, size, start, counters, counter, event, False)
-        empty = torch.empty(0, dtype=torch.uint8, device=torch.device("cuda", index))
-        own = torch.empty(count, dtype=torch.uint8, device=torch.device("cuda", current))
-        own.copy_(empty.set_(storage, offset, (count,), (1,)))
-        for device in {index, current}:
-            torch.cuda.current_stream(device).synchronize()
+        # The writer has waited for its copy, so there is nothing to wait for (the last argument).
+        where = (current, handle, size, start, _NO_COUNTER, 0, event, False)
+        storage = torch.UntypedStorage._new_shared_cuda(*where)
+        device = torch.device("cuda", current)
+        there = torch.empty(0, dtype=torch.uint8, device=device).set_(storage, offset, (count,), (1,))
+        own = torch.empty(count, dtype=torch.uint8, device=device)
+        own.copy_(there)
+        torch.cuda.current_stream(device).synchronize()
         return own
-
-    def usable(self) -> str:
-        """Why this process cannot open anything; empty if it may."""
-        torch = sys.modules.get("torch")  # whoever has not imported it should not have to for a probe
-        return "" if torch is not None and torch.cuda.is_available() else "it has not imported torch, or has no GPU"
 
     def content(self, flat: Any) -> bytes:
         data: bytes = flat.cpu().numpy().tobytes()
         return data
 
+    def is_full(self, exc: Exception) -> bool:
+        """Whether GPU memory was short, which passes."""
+        import torch
+
+        return isinstance(exc, torch.cuda.OutOfMemoryError)
+
 
 memory = CudaMemory()
+
+
+class StaleError(Exception):
+    """After a message that shares GPU memory was pickled, a reader came that has not shown that it can open it."""
 
 
 class DeviceFrame(bytes):
@@ -129,196 +141,259 @@ class DeviceFrame(bytes):
     outgoing: Outgoing
 
 
-_Contents = tuple[int, bytes, "list[list[Token | None]]"]  # writer's pid, content of a probe or nothing, tokens
+_Contents = tuple[int, int, bytes, list[Token]]  # writer's pid and start, content of a probe or nothing, memory
 
 
 class Outgoing:
-    """GPU memory that one message takes along. Used by the thread that pickles it, then by the one that sends it."""
+    """GPU memory that one message takes along. Used by the thread that pickles it, then by the Sharer of the queue."""
 
-    def __init__(self, readers: Sequence[bool], probes: bool, room: int, alone: bool) -> None:
-        """readers: which positions count. probes: tensors go through host memory, and a probe goes along. room: bytes
-        that may go along. alone: nothing is unread, so one tensor may be larger than that."""
-        self._readers, self._probes, self._room, self._alone = readers, probes, room, alone
+    def __init__(self, sharer: Sharer, probes: bool) -> None:
+        """probes: tensors go through host memory, and a probe goes along."""
+        self._sharer, self._probes = sharer, probes
+        self._pid = os.getpid()
         self._tensors: list[Any] = []
-        self._probe: Any = None
+        self._shared: list[Shared] = []
+        self._reserved = 0
         self._sent = False
-        self.nbytes = 0
-        self.tokens: list[list[Token | None]] = []  # of each tensor, by position; of probes likewise
+
+    @property
+    def shares(self) -> bool:
+        """Whether there is more than a probe."""
+        return self._reserved > 0
 
     def take(self, tensor: Any) -> int | None:
         """Number of a contiguous tensor among those that go along; None: it goes through host memory."""
         if self._probes:
-            self._probe = tensor
+            self._sharer.device = self._sharer.device or tensor.device
             return None
-        if self.nbytes + tensor.nbytes > self._room and (self.nbytes or not self._alone):
+        if not self._sharer.reserve(tensor.nbytes):
             return None
         import torch
 
+        self._reserved += tensor.nbytes
         self._tensors.append(tensor.reshape(-1).view(torch.uint8))
-        self.nbytes += tensor.nbytes
         return len(self._tensors) - 1
 
     def restart(self) -> None:
         """The message is pickled once more."""
-        self._tensors, self.nbytes = [], 0
+        self._tensors = []
+        self._free()
 
     def frame(self) -> DeviceFrame | None:
         """To send behind the other frames; None where there is nothing. Lets go of the tensors.
 
         Raises:
-            RuntimeError: no GPU memory, or the driver does not share any. Nothing is left behind.
+            whatever torch does where it cannot share. Nothing is left behind.
         """
-        tensors, probe, content = self._tensors, self._probe, b""
-        self._tensors, self._probe = [], None
+        tensors, self._tensors, content = self._tensors, [], b""
+        device = self._sharer.device
         try:
-            if probe is not None:
+            if self._probes:
+                import torch
+
                 content = secrets.token_bytes(_PROBE_BYTES)
-                self._share(memory.probe(content, probe))
+                tensors = [torch.frombuffer(bytearray(content), dtype=torch.uint8)]
             for tensor in tensors:
-                self._share(memory.copy(tensor))
+                self._shared.append(memory.share(memory.copy(tensor, device)))
         except BaseException:
             self.release()
             raise
-        if not self.tokens:
+        if not self._shared:
             return None
-        frame = DeviceFrame(pickle.dumps((os.getpid(), content, self.tokens), pickle.HIGHEST_PROTOCOL))
+        contents: _Contents = self._pid, start_time(self._pid), content, [shared.token for shared in self._shared]
+        frame = DeviceFrame(pickle.dumps(contents, pickle.HIGHEST_PROTOCOL))
         frame.outgoing = self
         return frame
 
-    def _share(self, own: Any) -> None:
-        tokens: list[Token | None] = [None] * len(self._readers)
-        self.tokens.append(tokens)
-        for position, counts in enumerate(self._readers):
-            if counts:
-                tokens[position] = memory.share(own)
+    def require_current(self) -> None:
+        """Raises StaleError. With the queue's lock held, so that no reader is replaced until the message is sent."""
+        if self.shares and not self._sharer.may_share():
+            raise StaleError
 
-    def sent(self) -> None:
-        """From now on it is the readers' to let go of, and the Sharer's."""
+    def send(self, end: int) -> None:
+        """It is about to be published, and lasts until all have read up to the ring's position `end`."""
         self._sent = True
+        self._sharer.keep(self, end)
 
-    def release(self, positions: Sequence[int] | None = None) -> None:
-        """In place of readers that have not opened it; None: of all."""
-        for tokens in self.tokens:
-            for position in range(len(tokens)) if positions is None else positions:
-                token, tokens[position] = tokens[position], None
-                if token is not None:
-                    memory.release(token)
+    def release(self) -> None:
+        """Nobody is to open it any more."""
+        shared, self._shared = self._shared, []
+        for one in shared:
+            memory.unshare(one)
+        self._free()
+
+    def _free(self) -> None:
+        reserved, self._reserved = self._reserved, 0
+        self._sharer.free(reserved)
 
     def __del__(self) -> None:
-        if not self._sent:
+        if not self._sent and self._pid == os.getpid():
             with contextlib.suppress(Exception):  # at interpreter exit, torch may be gone
                 self.release()
 
 
 class Sharer:
-    """What of GPU memory goes through one queue. At its writer; from any thread."""
+    """What of GPU memory goes through one queue. At its writer; from any thread.
+
+    Attributes:
+        device: of the memory that is shared, from the first probe on. messages: those with more than a probe.
+    """
 
     def __init__(self, ring: RingWriter, bound: int) -> None:
-        """bound: bytes of GPU memory that readers may leave unread."""
-        self._ring: RingWriter | None = ring  # until the queue is closed
+        """bound: bytes of GPU memory that readers may leave unread; a single tensor may be larger."""
+        self._ring: RingWriter | None = ring  # until the queue is closed, and all is read
         self._bound = bound
+        self._reserved = 0
         self._lock = threading.RLock()
         self._in_flight: deque[tuple[int, Outgoing]] = deque()  # ring position after which it is read, and what
         self._off = False
-        self.messages = 0  # that took more than a probe along
+        self.device: Any = None
+        self.messages = 0
 
     def begin(self) -> Outgoing | None:
         """For a message that has something to share; None: all of it goes through host memory, as things stand."""
+        _trim_closed()
+        self.trim()
+        words = self._words()
+        return None if CANNOT in words or not words else Outgoing(self, UNKNOWN in words)
+
+    def may_share(self) -> bool:
+        return self._words() == {CAN}
+
+    def _words(self) -> set[int]:
+        """Of the readers that count; none where nothing is to be shared."""
         ring = self._ring
         if ring is None or self._off:
-            return None
-        counted = [i not in ring.dropped for i in range(ring.shape.n_readers)]
-        words = {ring.device(i) for i, counts in enumerate(counted) if counts}
-        if not words or CANNOT in words:
-            return None
-        with self._lock:
-            self._note_read(ring)
-            unread = sum(outgoing.nbytes for _, outgoing in self._in_flight)
-        return Outgoing(counted, UNKNOWN in words, self._bound - unread, not unread)
+            return set()
+        return {ring.device(i) for i in range(ring.shape.n_readers) if i not in ring.dropped}
 
-    def give_up(self, exc: Exception) -> None:
-        """This process cannot share, as it has found out."""
+    def reserve(self, nbytes: int) -> bool:
+        with self._lock:
+            fits = not self._reserved or self._reserved + nbytes <= self._bound
+            self._reserved += nbytes if fits else 0
+            return fits
+
+    def free(self, nbytes: int) -> None:
+        with self._lock:
+            self._reserved -= nbytes
+
+    def failed(self, exc: Exception) -> None:
+        """This process could not share. It tries again if only its GPU memory was short."""
+        if memory.is_full(exc):
+            return
         self._off = True
         _log.warning("CUDA tensors of pid %d go through host memory: sharing GPU memory failed: %s", os.getpid(), exc)
 
-    def register(self, outgoing: Outgoing, end: int) -> None:
-        """It is about to be published. end: ring position behind its message."""
+    def keep(self, outgoing: Outgoing, end: int) -> None:
         with self._lock:
             self._in_flight.append((end, outgoing))
-            outgoing.sent()
-            self.messages += bool(outgoing.nbytes)
-
-    def _note_read(self, ring: RingWriter) -> None:
-        slowest = ring.slowest()
-        while self._in_flight and self._in_flight[0][0] <= slowest:
-            self._in_flight.popleft()[1].release()  # also what readers have left, without having been able to open it
+            self.messages += outgoing.shares
 
     def trim(self) -> None:
-        """Forget what was read."""
+        """Let go of what was read."""
         ring = self._ring
         if self._in_flight and ring is not None:
-            with self._lock:
-                self._note_read(ring)
+            self._release(ring.slowest())
+
+    def _release(self, read: int) -> None:
+        """read: ring position up to which every reader has consumed."""
+        with self._lock:
+            while self._in_flight:
+                first = self._in_flight.popleft()
+                if first[0] > read:
+                    self._in_flight.appendleft(first)
+                    return
+                first[1].release()
 
     def close(self) -> None:
-        """Those who are attached may still read what they have; torch keeps the memory for so long."""
-        ring, self._ring = self._ring, None  # whoever keeps this object does not keep the memory mapped
+        """Readers that are attached may still read what they have; it is looked for later whether they did."""
+        self._off = True
+        self._trim_closed()
+        if self._in_flight:
+            _closed.append(self)
+
+    def _trim_closed(self) -> bool:
+        """Whether all is read or nobody is left who could."""
+        ring = self._ring
         if ring is None:
-            return
-        gone = [i for i in range(ring.shape.n_readers) if i in ring.dropped or ring.state(i) != ATTACHED]
-        with self._lock:
-            self._note_read(ring)
-            while self._in_flight:
-                self._in_flight.popleft()[1].release(gone)
+            return True
+        left = [i for i in range(ring.shape.n_readers) if i not in ring.dropped and _reads(ring, i)]
+        lag = max((ring.lag(i) for i in left), default=0)
+        self._release(ring.published - lag if lag else sys.maxsize)  # also what was never published
+        if not self._in_flight:
+            self._ring = None  # whoever keeps this object does not keep the memory mapped
+        return not self._in_flight
+
+
+def _reads(ring: RingWriter, i: int) -> bool:
+    return ring.state(i) == ATTACHED and start_time(ring.pid(i)) == ring.started(i)
+
+
+_closed: list[Sharer] = []  # of queues that were closed with GPU memory unread
+
+
+def _trim_closed() -> None:
+    for sharer in list(_closed):
+        if sharer._trim_closed():
+            with contextlib.suppress(ValueError):  # by another thread
+                _closed.remove(sharer)
+
+
+os.register_at_fork(after_in_child=_closed.clear)
 
 
 class Received(bytes):
     """A DeviceFrame as a reader has it, in place of that frame."""
 
+    _ring: RingReader
     _pid: int  # the writer's
-    _tokens: list[Token | None]  # this reader's, by number of the tensor
+    _started: int
+    _tokens: list[Token]
 
     @classmethod
-    def of(cls, frame: memoryview, ring: RingReader, position: int) -> Received:
-        """At the reader in this position. Tries to open a probe, and says in the ring how it went; raises nothing."""
+    def of(cls, frame: memoryview, ring: RingReader) -> Received:
+        """Tries to open a probe, and says in the ring how it went; raises nothing."""
         self = cls(frame)
+        self._ring = ring
         contents: _Contents = pickle.loads(self)
-        self._pid, content, tokens = contents
-        self._tokens = [by_position[position] for by_position in tokens]
-        if content and ring.device == UNKNOWN:
-            why = self._try(content)
-            ring.device = CANNOT if why else CAN
-            if why:
-                _log.info("CUDA tensors from pid %d to pid %d go through host memory: %s", self._pid, os.getpid(), why)
+        self._pid, self._started, content, self._tokens = contents
+        # Who has not imported torch will have, once it has unpickled this message's tensor.
+        if content and ring.device == UNKNOWN and "torch" in sys.modules:
+            self._say(self._try(content))
         return self
+
+    def _say(self, why_not: str) -> None:
+        self._ring.device = CANNOT if why_not else CAN
+        if why_not:
+            _log.info("CUDA tensors from pid %d to pid %d go through host memory: %s", self._pid, os.getpid(), why_not)
 
     def _try(self, content: bytes) -> str:
         """Why a probe cannot be opened here; empty: it can."""
         if self._pid == os.getpid():
             return "a process cannot open its own"
-        if why := memory.usable():
-            return why
         try:
-            found = memory.content(self.opened(0))
+            found = memory.content(memory.open(self._tokens[0]))
         except Exception as exc:  # whatever the driver, the allocator or this version of torch has against it
-            return str(exc)
+            return f"{type(exc).__name__}: {exc}"
         return "" if found == content else "other memory is found where it should be"
 
     def opened(self, number: int) -> Any:
         """See the function."""
-        token = self._tokens[number]
-        if token is None:
-            raise RuntimeError(f"pid {self._pid} shared no GPU memory with this reader: a bug in ray-shm")
         try:
-            return memory.open(token)
+            return memory.open(self._tokens[number])
         except Exception as exc:
-            if not os.path.exists(f"/proc/{self._pid}"):
+            if memory.is_full(exc):
+                raise
+            if start_time(self._pid) != self._started:
                 raise PeerLostError(
                     f"a CUDA tensor cannot be received: its writer (pid {self._pid}) is gone, and its GPU memory with "
                     f"it: {exc}"
                 ) from exc
-            text = f"GPU memory of pid {self._pid} cannot be opened in pid {os.getpid()}: {type(exc).__name__}: {exc}"
-            raise RuntimeError(text) from exc
+            self._say(f"{type(exc).__name__}: {exc}")
+            raise RuntimeError(
+                f"GPU memory of pid {self._pid} cannot be opened in pid {os.getpid()} any more: {type(exc).__name__}: "
+                f"{exc}. This message is lost here; the next ones come through host memory"
+            ) from exc
 
     @contextlib.contextmanager
     def at_hand(self) -> Iterator[None]:
@@ -336,6 +411,7 @@ def opened(number: int) -> Any:
 
     Raises:
         PeerLostError: the writer's process is gone, and its GPU memory with it. RuntimeError: it cannot be opened.
+        torch.OutOfMemoryError: there is no room for it.
     """
     received: Received = _here.received
     return received.opened(number)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ray_shm import codec
+from ray_shm.cuda_ipc import StaleError
 from ray_shm.deadline import Deadline
 from ray_shm.handle import Handle
 from ray_shm.queue_end import QueueStats
@@ -196,7 +197,10 @@ class MessageQueue:
         """
         deadline = _NEVER if timeout is None else Deadline.after(timeout)
         writer = self._writer or self._require_writer()
-        writer.send(codec.encode(obj, b"", writer.sharer), deadline)
+        try:
+            writer.send(codec.encode(obj, b"", writer.sharer), deadline)
+        except StaleError:  # meanwhile a reader was replaced
+            writer.send(codec.encode(obj), deadline)
 
     def dequeue(
         self, timeout: float | None = None, indefinite: bool = False, *, cancel: threading.Event | None = None

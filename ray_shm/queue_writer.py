@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ray_shm import ring
+from ray_shm.cuda_ipc import DeviceFrame
 from ray_shm.deadline import Deadline
 from ray_shm.errors import PeerLostError
 from ray_shm.handle import HANDLE_VERSION, Handle
@@ -151,6 +152,7 @@ class QueueWriter(QueueEnd):
             PeerLostError: a reader's process is gone, or it closed its end.
             QueueClosedError: this end was closed.
             StartError: no memory for a large message; nothing was sent.
+            StaleError: of a message that shares GPU memory; nothing was sent.
         """
         lock = self._lock  # a forked child gets another one
         if not lock.acquire(False) and not self._acquire(deadline):
@@ -172,6 +174,8 @@ class QueueWriter(QueueEnd):
                 return
             self._require_open()
             lengths = [len(frame) for frame in frames]
+            if type(frames[-1]) is DeviceFrame:
+                frames[-1].outgoing.require_current()
             if not (simple and shm.try_send(frames, lengths)):  # type: ignore[union-attr]
                 self._send_slowly(frames, lengths, deadline, on_wait)
             self.messages += 1
@@ -295,6 +299,7 @@ class QueueWriter(QueueEnd):
     def _free(self) -> None:
         if self._watch is not None:
             self._watch.close()
+        self.sharer = None
         if self._shm is not None:
             self._shm.announce_close()
             self._shm.close()
@@ -303,6 +308,7 @@ class QueueWriter(QueueEnd):
             self._zmq.close()
 
     def _abandon(self) -> None:
+        self.sharer = None
         if self._shm is not None:
             self._shm.abandon()
             self._shm = None

@@ -113,7 +113,7 @@ class ShmWriter:
         last = frames[-1]
         if type(last) is not DeviceFrame:
             return kind
-        self.sharer.register(last.outgoing, self.ring.tail + total)
+        last.outgoing.send(self.ring.tail + total)
         return kind | ring.DEVICE
 
     def put(self, frame: Buffer) -> bool:
@@ -327,7 +327,6 @@ class ShmReader:
             )
         self.ring = RingReader(self._segment, address.shape, index, pid)
         self._leases = Leases(os.dup(self._segment.fd), self.ring.leases, self.ring.lease_release())
-        self._index = index
         self.large = 0  # messages that came through the arena
         self._frames: list[memoryview] | None = None  # of a large message that was peeked and not released
         self.owned = False  # the frames peeked last, but for the first, may be kept: they lie in leased memory
@@ -349,19 +348,21 @@ class ShmReader:
         return self._special(kind, frames) if kind else frames
 
     def _special(self, kind: int, frames: list[memoryview]) -> list[memoryview]:
-        if kind & ring.LARGE:
+        large = kind & ring.LARGE
+        if large:
             frames = self._large(frames[0])
         if kind & ring.DEVICE:
-            frames[-1] = Received.of(frames[-1], self.ring, self._index)  # type: ignore[call-overload]
+            frames[-1] = Received.of(frames[-1], self.ring)  # type: ignore[call-overload]
+        if large:
+            self._frames = frames
+            self.large += 1
         return frames
 
     def _large(self, where: memoryview) -> list[memoryview]:
         offset, size, used, lease, generation = _WHERE.unpack(where)
         view = self._leases.take((offset, size), used, lease, generation)
         self.owned = lease >= 0
-        self._frames = arena.contents(view)
-        self.large += 1
-        return self._frames
+        return arena.contents(view)
 
     def release(self) -> None:
         self._frames = None

@@ -1,7 +1,7 @@
 """Files in place of GPU memory, so that the protocol of cuda_ipc.py can be tested where there is no GPU.
 
-CPU tensors of SHARE_BYTES and more are then taken for CUDA tensors. What torch's sharing promises is kept: a share is
-for one reader, in another process, and its memory is there until it is released, or the process ends.
+CPU tensors of SHARE_BYTES and more are then taken for CUDA tensors. What is shared can be opened by other processes
+until it is unshared, which must happen once, or until its process ends.
 """
 
 from __future__ import annotations
@@ -12,40 +12,38 @@ from typing import Any
 import torch
 
 from ray_shm import cuda_ipc, tensor_codec
-from ray_shm.cuda_ipc import SHARE_BYTES, CudaMemory, Token
+from ray_shm.cuda_ipc import SHARE_BYTES, CudaMemory, Shared, Token
 
 
 class FakeMemory(CudaMemory):
-    """Attributes: full: nothing can be copied. kept: descriptors of what is shared. opens: "right", "not" at all, or
-    "wrong", which is to say other memory."""
+    """Attributes: full: nothing can be copied. broken: nothing can be shared. opens: "right", "not" at all, or
+    "wrong", which is to say other memory. kept: descriptors of what is shared."""
 
     def __init__(self) -> None:
-        self.full = False
+        self.full = self.broken = False
         self.opens = "right"
         self.kept: set[int] = set()
 
     def suits(self, tensor: Any) -> bool:
         return bool(tensor.nbytes >= SHARE_BYTES)
 
-    def copy(self, flat: Any) -> Any:
+    def copy(self, flat: Any, device: Any) -> Any:
         if self.full:
-            raise torch.OutOfMemoryError("out of memory")
-        return flat.clone()
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return super().copy(flat, device)
 
-    def probe(self, content: bytes, near: Any) -> Any:
-        return torch.frombuffer(bytearray(content), dtype=torch.uint8)
-
-    def share(self, own: Any) -> Token:
+    def share(self, own: Any) -> Shared:
+        if self.broken:
+            raise RuntimeError("no such call")
         fd = os.memfd_create("fake_gpu")
         os.write(fd, own.numpy().data)
         self.kept.add(fd)
-        return os.getpid(), fd, own.nbytes
+        return Shared(own, (os.getpid(), fd, own.nbytes), (fd,))
 
-    def release(self, token: Token) -> None:
-        fd = token[1]
-        if fd in self.kept:
-            self.kept.discard(fd)
-            os.close(fd)
+    def unshare(self, shared: Shared) -> None:
+        (fd,) = shared.counter
+        self.kept.remove(fd)  # once
+        os.close(fd)
 
     def open(self, token: Token) -> Any:
         if self.opens == "not":
@@ -57,9 +55,6 @@ class FakeMemory(CudaMemory):
             content = bytearray(nbytes)
             assert file.readinto(content) == nbytes
         return torch.frombuffer(content, dtype=torch.uint8)
-
-    def usable(self) -> str:
-        return ""
 
 
 def install() -> FakeMemory:

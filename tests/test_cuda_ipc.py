@@ -5,7 +5,10 @@ Most of it with files in place of GPU memory (fake_gpu.py); the sharing itself o
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import os
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 from fake_gpu import FakeMemory, install, send_tensors_as_from_a_gpu
-from reader_pool import WATCHDOG, Me, Peer, attach, attach_only, close, peers_for
+from reader_pool import WATCHDOG, Me, Peer, attach, attach_only, close, peers_for, take_bytes
 
+from ray_shm import codec, cuda_ipc
 from ray_shm.cuda_ipc import SHARE_BYTES
 from ray_shm.message_queue import MessageQueue
 from ray_shm.ring import CAN, CANNOT, UNKNOWN
@@ -197,34 +201,100 @@ def test_a_queue_with_a_reader_on_another_node_shares_nothing(gpu: FakeMemory, p
         peer.run(close)
 
 
-def test_where_nothing_can_be_shared_the_message_goes_through_host_memory(
+def test_where_gpu_memory_is_short_one_message_goes_through_host_memory(
+    gpu: FakeMemory, queue: MessageQueue, spare: list[Peer]
+) -> None:
+    give(queue, spare, tensor())
+    for turn, full in enumerate([True, False], 2):
+        gpu.full = full
+        assert give(queue, spare, tensor(turn)) == 2 * [[(turn, turn, COUNT)]]
+        assert queue.stats().shared == (not full)
+
+
+def test_where_nothing_can_be_shared_all_goes_through_host_memory(
     gpu: FakeMemory, queue: MessageQueue, spare: list[Peer], caplog: Any
 ) -> None:
     give(queue, spare, tensor())
-    gpu.full = True
-    assert give(queue, spare, tensor(2.0)) == 2 * [[(2.0, 2.0, COUNT)]]
-    assert "sharing GPU memory failed: out of memory" in caplog.text
-    gpu.full = False
-    assert give(queue, spare, tensor(3.0)) == 2 * [[(3.0, 3.0, COUNT)]]
-    assert queue.stats().shared == 0
+    for turn, broken in enumerate([True, False], 2):
+        gpu.broken = broken
+        assert give(queue, spare, tensor(turn)) == 2 * [[(turn, turn, COUNT)]]
+        assert queue.stats().shared == 0
+    assert "sharing GPU memory failed: no such call" in caplog.text
+
+
+def test_a_reader_that_can_open_nothing_any_more_says_so(
+    gpu: FakeMemory, queue: MessageQueue, spare: list[Peer]
+) -> None:
+    give(queue, spare, tensor())
+    spare[0].run(opens, "not")
+    try:
+        queue.enqueue(tensor(2.0))
+        kind, text = spare[0].run(kind_of_error)
+        assert (kind, spare[1].run(summary)) == ("RuntimeError", [(2.0, 2.0, COUNT)])
+        assert re.search(
+            r"GPU memory of pid \d+ cannot be opened in pid \d+ any more: RuntimeError: no peer access", text
+        )
+        assert give(queue, spare, tensor(3.0)) == 2 * [[(3.0, 3.0, COUNT)]]
+        assert (words(queue), queue.stats().shared) == ([CANNOT, CAN], 1)
+    finally:
+        spare[0].run(opens, "right")
+
+
+def test_a_reader_that_has_not_imported_torch_is_asked_once_it_has(gpu: FakeMemory) -> None:
+    with peers_for(1) as [peer], queue_to([peer]) as queue:
+        queue.enqueue(tensor(1.0))
+        assert peer.run(take_bytes) == tensor(1.0).numpy().tobytes()
+        assert words(queue) == [UNKNOWN]
+        peer.run(has_gpu)
+        for turn in range(2):
+            assert give(queue, [peer], tensor(turn)) == [[(turn, turn, COUNT)]]
+            assert (words(queue), queue.stats().shared) == ([CAN], turn)
+        peer.run(close)
+
+
+def readmitted(queue: MessageQueue, rank: int, old: Peer) -> None:
+    old.kill()
+    writer = queue._require_writer()
+    writer.drop(rank)
+    writer.readmit(rank)
 
 
 def test_a_new_process_in_a_readers_place_is_asked_again(gpu: FakeMemory, spare: list[Peer]) -> None:
     with peers_for(2) as [first, second], queue_to([spare[0], first]) as queue:
-        give(queue, [spare[0]], tensor())  # the other one has not imported torch, and never reads it
-        writer = queue._require_writer()
-        first.kill()
-        writer.drop(1)
-        give(queue, [spare[0]], tensor())
-        assert queue.stats().shared == 1  # nobody else counts
-        writer.readmit(1)
+        first.run(has_gpu)
+        give(queue, [spare[0], first], tensor())
+        readmitted(queue, 1, first)
         assert words(queue) == [CAN, UNKNOWN]
         second.run(has_gpu)
         second.run(attach_only, queue.export_handle(), 1)
         both = [spare[0], second]
-        for turn, shared in enumerate([1, 2]):
+        for turn in range(2):
             assert give(queue, both, tensor(turn)) == 2 * [[(turn, turn, COUNT)]]
-            assert queue.stats().shared == shared
+            assert queue.stats().shared == turn
+        for peer in both:
+            peer.run(close)
+
+
+def test_a_new_process_gets_through_host_memory_what_was_pickled_for_the_old_one(
+    gpu: FakeMemory, spare: list[Peer], monkeypatch: Any
+) -> None:
+    with peers_for(2) as [first, second], queue_to([spare[0], first]) as queue:
+        first.run(has_gpu)
+        second.run(opens, "not")
+        give(queue, [spare[0], first], tensor())
+        writer = queue._require_writer()
+        send = writer.send
+
+        def replace_and_send(frames: Any, deadline: Any) -> None:
+            monkeypatch.setattr(writer, "send", send)
+            readmitted(queue, 1, first)
+            second.run(attach_only, queue.export_handle(), 1)
+            send(frames, deadline)
+
+        monkeypatch.setattr(writer, "send", replace_and_send)
+        both = [spare[0], second]
+        assert give(queue, both, tensor(2.0)) == 2 * [[(2.0, 2.0, COUNT)]]
+        assert queue.stats().shared == 0
         for peer in both:
             peer.run(close)
 
@@ -277,12 +347,12 @@ def test_unread_gpu_memory_is_bounded(gpu: FakeMemory, queue: MessageQueue, spar
     for turn in range(fit + 3):
         queue.enqueue(tensor(turn))
     assert queue.stats().shared == fit
-    assert len(gpu.kept) == fit * 2
+    assert len(gpu.kept) == fit
     for turn in range(fit + 3):
         assert [peer.run(summary) for peer in spare] == 2 * [[(turn, turn, COUNT)]]
     give(queue, spare, tensor())
     assert queue.stats().shared == fit + 1
-    assert len(gpu.kept) == 2
+    assert len(gpu.kept) == 1
 
 
 def test_one_tensor_beyond_the_bound_goes_alone(gpu: FakeMemory, queue: MessageQueue, spare: list[Peer]) -> None:
@@ -292,11 +362,11 @@ def test_one_tensor_beyond_the_bound_goes_alone(gpu: FakeMemory, queue: MessageQ
     assert queue.stats().shared == 1
     nearly = beyond[: BOUND // 4 - COUNT // 2]
     queue.enqueue([tensor(4.0), nearly])  # not alone in the message
-    assert len(gpu.kept) == 2
+    assert len(gpu.kept) == 1
     assert [peer.run(summary) for peer in spare] == 2 * [[(4.0, 4.0, COUNT), (3.0, 3.0, nearly.numel())]]
     queue.enqueue(tensor(5.0))
     queue.enqueue(nearly)  # not alone in the queue
-    assert len(gpu.kept) == 2
+    assert len(gpu.kept) == 1
     assert [peer.run(summary) for peer in spare] == 2 * [[(5.0, 5.0, COUNT)]]
     assert [peer.run(summary) for peer in spare] == 2 * [[(3.0, 3.0, nearly.numel())]]
 
@@ -327,17 +397,24 @@ def take(me: Me) -> None:
     me.queue.dequeue(WATCHDOG)
 
 
-def test_a_closed_writers_memory_is_there_for_readers_that_are_attached(gpu: FakeMemory, spare: list[Peer]) -> None:
-    queue = queue_to(spare)
-    give(queue, spare, tensor())
-    queue.enqueue(tensor(2.0))
-    spare[1].run(close)
-    queue.close()
-    assert len(gpu.kept) == 1  # torch's to free, once the reader lets go of it
-    assert spare[0].run(summary) == [(2.0, 2.0, COUNT)]
-    spare[0].run(close)
-    for fd in list(gpu.kept):
-        gpu.release((0, fd))
+@pytest.mark.parametrize("way", ["reads", "closes", "dies"])
+def test_a_closed_writers_memory_is_there_for_readers_that_are_attached(
+    gpu: FakeMemory, spare: list[Peer], way: str
+) -> None:
+    with peers_for(1) as [other]:
+        queue = queue_to([spare[0], other])
+        other.run(has_gpu)
+        give(queue, [spare[0], other], tensor())
+        queue.enqueue(tensor(2.0))
+        spare[0].run(close)
+        queue.close()
+        cuda_ipc._trim_closed()
+        assert len(gpu.kept) == 1
+        if way == "reads":
+            assert other.run(summary) == [(2.0, 2.0, COUNT)]
+        other.kill() if way == "dies" else other.run(close)
+        cuda_ipc._trim_closed()
+        assert not gpu.kept
 
 
 def test_a_reader_that_dies_keeps_nothing(gpu: FakeMemory, spare: list[Peer]) -> None:
@@ -345,15 +422,34 @@ def test_a_reader_that_dies_keeps_nothing(gpu: FakeMemory, spare: list[Peer]) ->
         doomed.run(has_gpu)
         give(queue, [spare[0], doomed], tensor())
         queue.enqueue(tensor(2.0))
-        assert len(gpu.kept) == 2
         assert spare[0].run(summary) == [(2.0, 2.0, COUNT)]
         doomed.kill()
+        writer = queue._require_writer()
         until = time.monotonic() + WATCHDOG
-        while 1 not in queue._require_writer()._shm.ring.dropped and time.monotonic() < until:  # type: ignore[union-attr]
-            queue._require_writer().require_readers()
+        while 1 not in writer._shm.ring.dropped and time.monotonic() < until:  # type: ignore[union-attr]
+            writer.require_readers()
+        writer.sharer.trim()  # type: ignore[union-attr]
+        assert not gpu.kept
         assert give(queue, [spare[0]], tensor(3.0)) == [[(3.0, 3.0, COUNT)]]
-        assert len(gpu.kept) == 1
+        assert queue.stats().shared == 2
         spare[0].run(close)
+
+
+def test_a_forked_child_lets_go_of_nothing(gpu: FakeMemory, queue: MessageQueue, spare: list[Peer]) -> None:
+    give(queue, spare, tensor())
+    frames = codec.encode(tensor(2.0), b"", queue._require_writer().sharer)
+    queue.enqueue(tensor(3.0))
+    pid = os.fork()
+    if not pid:
+        with contextlib.suppress(BaseException):
+            del frames
+            queue.close()
+            cuda_ipc._trim_closed()
+            gc.collect()
+            os._exit(len(gpu.kept))
+        os._exit(99)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
+    assert [peer.run(summary) for peer in spare] == 2 * [[(3.0, 3.0, COUNT)]]
 
 
 def test_the_memory_of_a_writer_that_is_gone_is_an_error_that_says_so(spare: list[Peer]) -> None:
@@ -404,20 +500,29 @@ def test_cuda_tensors_reach_two_processes_by_ipc(count: int) -> None:
             assert queue.stats().shared == turn, "the readers could not open the probe; see their log"
         for peer in peers:
             peer.run(close)
-        del sent
-        torch.cuda.ipc_collect()
-        queue._require_writer().sharer.trim()  # type: ignore[union-attr]
-        torch.cuda.ipc_collect()
-        assert torch.cuda.memory_allocated() < 3 * 4 * count
 
 
 @needs_cuda
-def test_cuda_tensors_for_a_process_without_torch_go_through_host_memory() -> None:
+def test_cuda_tensors_for_a_process_without_torch_go_through_host_memory_first() -> None:
     with peers_for(1) as [peer], queue_to([peer]) as queue:
-        for _ in range(2):
+        for shared in (0, 0, 1):
             sent = torch.rand(COUNT, device="cuda")
             queue.enqueue(sent, WATCHDOG)
-            found, _, _ = peer.run(take_cuda)
-            assert found == checksum(sent.cpu())
-        assert queue.stats().shared == 0
+            assert peer.run(take_bytes) == sent.cpu().numpy().tobytes()
+            assert queue.stats().shared == shared
+        peer.run(close)
+
+
+@needs_cuda
+def test_cuda_memory_stays_flat() -> None:
+    with peers_for(1) as [peer], queue_to([peer]) as queue:
+        peer.run(start_cuda)
+        sent = torch.rand(16 * COUNT, device="cuda")
+        levels = []
+        for _ in range(50):
+            queue.enqueue(sent, WATCHDOG)
+            peer.run(take_cuda)
+            levels.append(torch.cuda.memory_allocated())
+        assert queue.stats().shared == 49
+        assert max(levels) <= 2 * sent.nbytes + (1 << 20), levels
         peer.run(close)
