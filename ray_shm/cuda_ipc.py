@@ -315,11 +315,10 @@ class Sharer:
     def _trim_closed(self) -> bool:
         """Whether all is read or nobody is left who could."""
         ring = self._ring
-        if ring is None:
-            return True
-        left = [i for i in range(ring.shape.n_readers) if i not in ring.dropped and _reads(ring, i)]
-        lag = max((ring.lag(i) for i in left), default=0)
-        self._release(ring.published - lag if lag else sys.maxsize)  # also what was never published
+        if self._in_flight and ring is not None:
+            left = [i for i in range(ring.shape.n_readers) if i not in ring.dropped and _reads(ring, i)]
+            lag = max((ring.lag(i) for i in left), default=0)
+            self._release(ring.published - lag if lag else sys.maxsize)  # also what was never published
         if not self._in_flight:
             self._ring = None  # whoever keeps this object does not keep the memory mapped
         return not self._in_flight
