@@ -8,10 +8,8 @@ host memory. One message::
              copy, and shares it: where its memory is travels behind the message's own frames
     reader   while it unpickles: opens that, copies it to memory of its own on its current device, and lets go
 
-Handles and mappings are torch's, as torch.multiprocessing uses them (torch/csrc/StorageSharing.cpp). Its counters are
-not: they are for one consumer each, are not atomic, and go wrong below zero. A queue knows who has read what, so the
-writer keeps its copy until every reader's cursor is past the message, or that reader is gone, and then takes the one
-count back itself; readers are given the name of a counter that does not exist.
+The writer keeps its copy until every reader's cursor is past the message, or that reader is gone; handles and mappings
+are torch's (cuda_memory.py).
 
 Whether a reader can open the writer's memory (peer access, containers, the allocator's settings, the driver) is tried,
 not guessed. A reader's word in the ring (`RingReader.device`) says how that went, and the writer shares only while all
@@ -40,9 +38,9 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ray_shm.cuda_memory import CudaMemory, Shared, Token
 from ray_shm.errors import PeerLostError
 from ray_shm.ring import ATTACHED, CAN, CANNOT, UNKNOWN
 from ray_shm.segment import start_time
@@ -50,78 +48,10 @@ from ray_shm.segment import start_time
 if TYPE_CHECKING:
     from ray_shm.ring import RingReader, RingWriter
 
-SHARE_BYTES = 1 << 20  # below, two copies between host and GPU cost less than opening memory (not measured: no GPU)
 _PROBE_BYTES = 64
-_NO_COUNTER = b"/ray_shm_none"  # torch looks for it, and takes it that the other process has ended
-
-Token = tuple[Any, ...]  # says a reader where memory is
 
 _log = logging.getLogger(__name__)
 _here = threading.local()
-
-
-@dataclass(slots=True)
-class Shared:
-    """GPU memory that others may open, for as long as this is kept and `CudaMemory.unshare` was not called."""
-
-    own: Any
-    token: Token
-    counter: tuple[Any, ...]
-
-
-class CudaMemory:
-    """What torch is needed for. Tensors here are flat ones of uint8."""
-
-    def suits(self, tensor: Any) -> bool:
-        """Whether a tensor is worth sharing."""
-        return bool(tensor.is_cuda) and tensor.nbytes >= SHARE_BYTES
-
-    def copy(self, flat: Any, device: Any) -> Any:
-        """A copy on `device`, complete."""
-        import torch
-
-        own = flat.to(device, copy=True)
-        for used in {flat.device, own.device}:
-            if used.type != "cpu":
-                torch.cuda.current_stream(used).synchronize()
-        return own
-
-    def share(self, own: Any) -> Shared:
-        _, handle, size, start, counters, counter, event, _ = own.untyped_storage()._share_cuda_()
-        return Shared(own, (handle, size, start, event, own.storage_offset(), own.numel()), (counters, counter))
-
-    def unshare(self, shared: Shared) -> None:
-        """Once: nobody opens it any more, and the memory is torch's again when the tensor goes."""
-        import torch
-
-        torch.UntypedStorage._release_ipc_counter_cuda(*shared.counter)
-
-    def open(self, token: Token) -> Any:
-        """What was shared, in memory of this process's current device; the writer's is let go of."""
-        import torch
-
-        handle, size, start, event, offset, count = token
-        # Through the current device also where the writer's is visible: a context there would cost its memory.
-        current = torch.cuda.current_device()
-        # The writer has waited for its copy, so there is nothing to wait for (the last argument).
-        where = (current, handle, size, start, _NO_COUNTER, 0, event, False)
-        storage = torch.UntypedStorage._new_shared_cuda(*where)
-        device = torch.device("cuda", current)
-        there = torch.empty(0, dtype=torch.uint8, device=device).set_(storage, offset, (count,), (1,))
-        own = torch.empty(count, dtype=torch.uint8, device=device)
-        own.copy_(there)
-        torch.cuda.current_stream(device).synchronize()
-        return own
-
-    def content(self, flat: Any) -> bytes:
-        data: bytes = flat.cpu().numpy().tobytes()
-        return data
-
-    def is_full(self, exc: Exception) -> bool:
-        """Whether GPU memory was short, which passes."""
-        import torch
-
-        return isinstance(exc, torch.cuda.OutOfMemoryError)
 
 
 memory = CudaMemory()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ray_shm import cuda_ipc, tensor_codec
-from ray_shm.cuda_ipc import SHARE_BYTES, CudaMemory, Shared, Token
+from ray_shm.cuda_memory import SHARE_BYTES, CudaMemory, Shared, Token
 
 
 class FakeMemory(CudaMemory):

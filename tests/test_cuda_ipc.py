@@ -1,6 +1,6 @@
 """CUDA tensors that readers fetch from the writer's GPU memory: who may, when, and what becomes of the memory.
 
-Most of it with files in place of GPU memory (fake_gpu.py); the sharing itself only where there is a GPU.
+With files in place of GPU memory (fake_gpu.py); with a GPU: test_cuda_memory.py.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from fake_gpu import FakeMemory, install, send_tensors_as_from_a_gpu
 from reader_pool import WATCHDOG, Me, Peer, attach, attach_only, close, peers_for, take_bytes
 
 from ray_shm import codec, cuda_ipc
-from ray_shm.cuda_ipc import SHARE_BYTES
+from ray_shm.cuda_memory import SHARE_BYTES
 from ray_shm.message_queue import MessageQueue
 from ray_shm.ring import CAN, CANNOT, UNKNOWN
 
 COUNT = SHARE_BYTES // 4  # of float32
 BOUND = 8 * SHARE_BYTES
 pytestmark = pytest.mark.usefixtures("what_stays")
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.fixture
@@ -465,64 +464,3 @@ def test_the_memory_of_a_writer_that_is_gone_is_an_error_that_says_so(spare: lis
         assert kind == "PeerLostError"
         assert f"its writer (pid {pid}) is gone, and its GPU memory with it" in text
         spare[0].run(close)
-
-
-# With a GPU
-
-
-def take_cuda(me: Me) -> Any:
-    """As `summary`, and where it is."""
-    received = me.queue.dequeue(WATCHDOG)
-    found = checksum(received.cpu()), str(received.device), torch.cuda.current_device()
-    received.zero_()
-    torch.cuda.synchronize()
-    return found
-
-
-def start_cuda(me: Me) -> None:
-    torch.ones(1).cuda()
-
-
-@needs_cuda
-@pytest.mark.parametrize("count", [COUNT, 64 * COUNT], ids=["1MiB", "64MiB"])
-def test_cuda_tensors_reach_two_processes_by_ipc(count: int) -> None:
-    with peers_for(2) as peers, queue_to(peers) as queue:
-        for peer in peers:
-            peer.run(start_cuda)
-        for turn in range(20):
-            sent = torch.rand(count, device="cuda")
-            want = checksum(sent.cpu())
-            queue.enqueue(sent, WATCHDOG)
-            sent.zero_()
-            for peer in peers:
-                found, device, current = peer.run(take_cuda)
-                assert (found, device) == (want, f"cuda:{current}")
-            assert queue.stats().shared == turn, "the readers could not open the probe; see their log"
-        for peer in peers:
-            peer.run(close)
-
-
-@needs_cuda
-def test_cuda_tensors_for_a_process_without_torch_go_through_host_memory_first() -> None:
-    with peers_for(1) as [peer], queue_to([peer]) as queue:
-        for shared in (0, 0, 1):
-            sent = torch.rand(COUNT, device="cuda")
-            queue.enqueue(sent, WATCHDOG)
-            assert peer.run(take_bytes) == sent.cpu().numpy().tobytes()
-            assert queue.stats().shared == shared
-        peer.run(close)
-
-
-@needs_cuda
-def test_cuda_memory_stays_flat() -> None:
-    with peers_for(1) as [peer], queue_to([peer]) as queue:
-        peer.run(start_cuda)
-        sent = torch.rand(16 * COUNT, device="cuda")
-        levels = []
-        for _ in range(50):
-            queue.enqueue(sent, WATCHDOG)
-            peer.run(take_cuda)
-            levels.append(torch.cuda.memory_allocated())
-        assert queue.stats().shared == 49
-        assert max(levels) <= 2 * sent.nbytes + (1 << 20), levels
-        peer.run(close)
