@@ -14,6 +14,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -69,6 +70,8 @@ class WorkerPool:
             signal.SIGTERM: lambda *_: self._stop(SystemExit(128 + signal.SIGTERM)),
         }
         self._replaced = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        self._report_unraisable = sys.unraisablehook
+        sys.unraisablehook = self._on_unraisable
         self.workers: list[Worker] = []
         try:
             for rank in range(count):
@@ -124,6 +127,7 @@ class WorkerPool:
         for number, handler in self._replaced.items():
             signal.signal(number, handler)
         self._replaced = {}
+        sys.unraisablehook = self._report_unraisable
         for worker in self.workers:
             worker.process.kill()
         for worker in self.workers:
@@ -173,6 +177,10 @@ class WorkerPool:
         """Python drops what a signal handler raises where a finalizer happens to run: then it is raised once more."""
         if self._error is not None:
             raise self._error
+
+    def _on_unraisable(self, dropped: Any) -> None:
+        if dropped.exc_value is not self._error:  # that one is not lost
+            self._report_unraisable(dropped)
 
 
 def _start(rank: int) -> Worker:

@@ -59,6 +59,32 @@ sys.exit(main(["bench", "queue", "--readers", "2", "--payload", "100B", "--calls
 """
 
 
+# Ctrl-C comes while a finalizer runs, where Python drops what its handler raises; another finalizer fails.
+FINALIZE = """
+import signal, sys, time
+from ray_shm.actors.bench_workers import WorkerPool
+
+class Interrupted:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+class Failing:
+    def __del__(self):
+        raise ValueError("not to be hidden")
+
+try:
+    with WorkerPool(1) as pool, pool.watched("finalizing"):
+        Failing()
+        try:
+            Interrupted()
+        except KeyboardInterrupt:
+            sys.exit("it was not dropped")
+        time.sleep(60)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
 @dataclass(frozen=True)
 class Done:
     status: int
@@ -211,6 +237,14 @@ def test_a_signal_leaves_no_process(number: signal.Signals, status: int, says: s
             iceoryx_peer.remove_files(left)
     else:
         assert list(folder.iterdir()) == []
+    assert_no_process_left()
+
+
+def test_ctrl_c_amid_a_finalizer_ends_the_run_and_is_not_reported_as_lost(folder: Path) -> None:
+    with start(FINALIZE, folder=folder) as process:
+        _, err = process.communicate(timeout=WATCHDOG)
+    assert process.returncode == 130
+    assert err.count("Exception ignored") == err.count("not to be hidden") == 1
     assert_no_process_left()
 
 
