@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ray_shm import ring
-from ray_shm.cuda_ipc import DeviceFrame
+from ray_shm.cuda_ipc import DeviceFrame, Sharer
 from ray_shm.deadline import Deadline
 from ray_shm.errors import PeerLostError
 from ray_shm.handle import HANDLE_VERSION, Handle
@@ -71,7 +71,6 @@ class QueueWriter(QueueEnd):
             if self._local_ranks
             else None
         )
-        self.sharer = self._shm.sharer if self._shm is not None and not remote_ranks else None
         self._watch = ReaderWatch(self._shm) if self._shm is not None else None
         self._dead: set[int] = self._watch.dead if self._watch is not None else set()  # positions of local readers
         self._zmq = self._make_zmq(remote_ranks, max_chunk_bytes * max_chunks, ip, port_range) if remote_ranks else None
@@ -104,6 +103,12 @@ class QueueWriter(QueueEnd):
     def refused(self) -> int:
         """Connections and messages of strangers that the queue's TCP port has turned away."""
         return self._zmq.refused if self._zmq is not None else 0
+
+    @property
+    def sharer(self) -> Sharer | None:
+        """Of GPU memory; None where some reader is on another node."""
+        shm = self._shm
+        return shm.sharer if shm is not None and self._zmq is None else None
 
     @property
     def bell(self) -> ring.Bell | None:
@@ -299,7 +304,6 @@ class QueueWriter(QueueEnd):
     def _free(self) -> None:
         if self._watch is not None:
             self._watch.close()
-        self.sharer = None
         if self._shm is not None:
             self._shm.announce_close()
             self._shm.close()
@@ -308,7 +312,6 @@ class QueueWriter(QueueEnd):
             self._zmq.close()
 
     def _abandon(self) -> None:
-        self.sharer = None
         if self._shm is not None:
             self._shm.abandon()
             self._shm = None

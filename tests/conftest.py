@@ -18,6 +18,7 @@ import leaks
 import pytest
 
 if TYPE_CHECKING:
+    from fake_gpu import FakeMemory
     from rank_pool import Pool
     from reader_pool import Peer
     from zmq_ends import MakeChannel
@@ -129,6 +130,43 @@ def peers() -> Iterator[list[Peer]]:
 
     with peers_for(2) as made:
         yield made
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeMemory]:
+    """This process's, in files; what it shares must have been let go of in the end."""
+    import gc
+
+    from fake_gpu import send_tensors_as_from_a_gpu
+
+    memory = send_tensors_as_from_a_gpu(monkeypatch)
+    yield memory
+    gc.collect()
+    assert memory.kept == set()
+
+
+@pytest.fixture(scope="module")
+def spare() -> Iterator[list[Peer]]:
+    """Two readers' processes with such a GPU: they have imported torch, which takes seconds."""
+    from gpu_readers import has_gpu
+    from reader_pool import peers_for
+
+    with peers_for(2) as made:
+        for peer in made:
+            peer.run(has_gpu)
+        yield made
+
+
+@pytest.fixture
+def gpu_queue(spare: list[Peer]) -> Iterator[MessageQueue]:
+    """To these two, that shares tensors from the second on."""
+    from gpu_readers import queue_to
+    from reader_pool import close
+
+    with queue_to(spare) as made:
+        yield made
+        for peer in spare:
+            peer.run(close)
 
 
 @pytest.fixture

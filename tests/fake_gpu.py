@@ -1,11 +1,12 @@
 """Files in place of GPU memory, so that the protocol of cuda_ipc.py can be tested where there is no GPU.
 
 CPU tensors of SHARE_BYTES and more are then taken for CUDA tensors. What is shared can be opened by other processes
-until it is unshared, which must happen once, or until its process ends.
+as it stands, until it is unshared, which must happen once, or until its process ends. Only copies can be shared.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 from typing import Any
 
@@ -23,6 +24,7 @@ class FakeMemory(CudaMemory):
         self.full = self.broken = False
         self.opens = "right"
         self.kept: set[int] = set()
+        self._files: dict[int, int] = {}  # by address
 
     def suits(self, tensor: Any) -> bool:
         return bool(tensor.nbytes >= SHARE_BYTES)
@@ -30,19 +32,25 @@ class FakeMemory(CudaMemory):
     def copy(self, flat: Any, device: Any) -> Any:
         if self.full:
             raise torch.cuda.OutOfMemoryError("out of memory")
-        return super().copy(flat, device)
+        fd = os.memfd_create("fake_gpu")
+        os.truncate(fd, flat.nbytes)
+        own = torch.frombuffer(mmap.mmap(fd, flat.nbytes), dtype=torch.uint8)
+        own.copy_(flat)
+        self._files[own.data_ptr()] = fd
+        return own
 
     def share(self, own: Any) -> Shared:
+        fd = self._files.pop(own.data_ptr())  # only what was copied lies in a file
         if self.broken:
+            os.close(fd)
             raise RuntimeError("no such call")
-        fd = os.memfd_create("fake_gpu")
-        os.write(fd, own.numpy().data)
         self.kept.add(fd)
         return Shared(own, (os.getpid(), fd, own.nbytes), (fd,))
 
     def unshare(self, shared: Shared) -> None:
         (fd,) = shared.counter
         self.kept.remove(fd)  # once
+        shared.own.fill_(0xEE)  # the memory is somebody else's now
         os.close(fd)
 
     def open(self, token: Token) -> Any:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_readers import COUNT, checksum, queue_to
 from reader_pool import WATCHDOG, Me, close, peers_for, take_bytes
-from test_cuda_ipc import COUNT, checksum, queue_to
 
 pytestmark = pytest.mark.usefixtures("what_stays")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
