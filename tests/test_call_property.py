@@ -271,7 +271,7 @@ def launch() -> ActorGroup:
 
 
 @pytest.mark.parametrize(
-    ("examples", "steps"), [(15, 25), pytest.param(150, 60, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
+    ("examples", "steps"), [(10, 20), pytest.param(150, 60, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
 )
 def test_whatever_is_interleaved_every_call_gets_its_own_replies(ray_local: None, examples: int, steps: int) -> None:
     global group
@@ -290,7 +290,7 @@ def test_whatever_is_interleaved_every_call_gets_its_own_replies(ray_local: None
         )
 
 
-@pytest.mark.parametrize("calls", [5_000, pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("calls", [2_000, pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_timeouts_about_as_long_as_the_calls(ray_local: None, calls: int, capsys: pytest.CaptureFixture[str]) -> None:
     """Many expire; no reply ever comes to the wrong call, nor among the results that a timeout keeps."""
     dice = random.Random(0)

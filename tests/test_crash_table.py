@@ -146,7 +146,13 @@ def whole(group: ActorGroup) -> Iterator[None]:
     group.heal()
 
 
-@pytest.mark.parametrize(("where", "what"), TABLE, ids=lambda word: word.replace(" ", "-"))
+# os._exit goes the way of SIGKILL but for the words that explain it.
+SLOW = [key for key in TABLE if key[1] == "os._exit" and key[0] != "inside the method"]
+SLOW += [("in the constructor", "SIGSTOP")]
+CASES = [pytest.param(*key, marks=[pytest.mark.slow] if key in SLOW else []) for key in TABLE]
+
+
+@pytest.mark.parametrize(("where", "what"), CASES, ids=lambda word: word.replace(" ", "-"))
 def test_a_worker_that_fails(group: ActorGroup, tmp_path: Path, where: str, what: str) -> None:
     expected = TABLE[where, what]
     gate = tmp_path / "gate"

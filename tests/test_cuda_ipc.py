@@ -179,6 +179,7 @@ def test_a_new_process_in_a_readers_place_is_asked_again(gpu: FakeMemory, spare:
             peer.run(close)
 
 
+@pytest.mark.slow
 def test_a_new_process_gets_through_host_memory_what_was_pickled_for_the_old_one(
     gpu: FakeMemory, spare: list[Peer], monkeypatch: Any
 ) -> None:

@@ -18,15 +18,16 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NEW_TOKENS = 40
-FEW_TOKENS = 16  # of the first prompts, where every token takes six processes
+FEW_TOKENS = 16  # of the first FEW prompts, where every token takes six processes
+FEW = 3
 FRANCE = "What is the capital of France?"
 # The first is answered in 8 tokens, the others reach the limit. In none of them do the best two logits of a token come
 # closer than 0.02, so the order in which ranks' sums are added cannot decide.
 PROMPTS = [
     FRANCE,
+    "Tell me a story about a dragon 🐉 who was afraid of mice.",
     "Count from 1 to 20.",
     "Write a Python function that reverses a string.",
-    "Tell me a story about a dragon 🐉 who was afraid of mice.",
     "Who wrote the play Hamlet, and when? Give a short answer.",
     "Why is the sky blue?",
 ]
@@ -64,11 +65,11 @@ def transformers_model(model_folder: Path) -> tuple[Any, Any]:
     return tokenizer, AutoModelForCausalLM.from_pretrained(model_folder, gguf_file=MODEL_FILE, dtype=torch.float32)
 
 
-def answers_of(transformers_model: tuple[Any, Any], new_tokens: int) -> list[dict[str, Any]]:
+def answers_of(transformers_model: tuple[Any, Any], prompts: list[str], new_tokens: int) -> list[dict[str, Any]]:
     """Per prompt, its ids, the new token ids and their text as single-process transformers gives them."""
     tokenizer, model = transformers_model
     expected = []
-    for prompt in PROMPTS:
+    for prompt in prompts:
         inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}],
             add_generation_prompt=True,
@@ -86,12 +87,12 @@ def answers_of(transformers_model: tuple[Any, Any], new_tokens: int) -> list[dic
 
 @pytest.fixture(scope="module")
 def reference(transformers_model: tuple[Any, Any]) -> list[dict[str, Any]]:
-    return answers_of(transformers_model, FEW_TOKENS)
+    return answers_of(transformers_model, PROMPTS[:FEW], FEW_TOKENS)
 
 
 @pytest.fixture(scope="module")
 def long_reference(transformers_model: tuple[Any, Any]) -> list[dict[str, Any]]:
-    return answers_of(transformers_model, NEW_TOKENS)
+    return answers_of(transformers_model, PROMPTS, NEW_TOKENS)
 
 
 @pytest.mark.timeout(400)
@@ -130,9 +131,9 @@ def test_all_token_ids_equal_those_of_single_process_transformers(long_reference
 def test_two_replicas_of_three_ranks_answer_as_single_process_transformers(reference: list[dict[str, Any]]) -> None:
     """Tensor and data parallel: a replica that is done with the short answer takes the third prompt."""
     arguments = [f"--max-new-tokens={FEW_TOKENS}", "--workers=3", "--data-parallel=2", "--json"]
-    run = run_example("llm_tensor_parallel.py", *arguments, *(f"--prompt={p}" for p in PROMPTS[:3]), timeout=300)
-    assert_equal_to_reference(run, reference[:3])
-    assert [len(expected["token_ids"]) for expected in reference[:3]] == [8, FEW_TOKENS, FEW_TOKENS]
+    run = run_example("llm_tensor_parallel.py", *arguments, *(f"--prompt={p}" for p in PROMPTS[:FEW]), timeout=300)
+    assert_equal_to_reference(run, reference)
+    assert [len(expected["token_ids"]) for expected in reference] == [8, FEW_TOKENS, FEW_TOKENS]
     for rank in range(6):
         assert f"rank {rank}: " in run.stderr
 

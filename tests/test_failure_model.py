@@ -95,6 +95,7 @@ def on_victim(value: Any) -> Scatter:
 # ---- a worker raises ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_signal_handler_that_raises_between_two_calls_is_logged(group: ActorGroup, tmp_path: Path) -> None:
     def install(worker: Faulty, path: str) -> None:
         import logging
@@ -330,6 +331,7 @@ def test_a_replacement_whose_constructor_fails(group: ActorGroup, orders: Path, 
     assert [pids(group)[rank] for rank in OTHERS] == [before[rank] for rank in OTHERS]
 
 
+@pytest.mark.slow
 def test_a_rank_dies_while_another_one_is_replaced(group: ActorGroup, orders: Path) -> None:
     kill(group, VICTIM)
     orders.write_text(f"kill {group.workers[2].pid}")
@@ -410,6 +412,7 @@ def test_released_behind_a_call_that_somebody_else_waits_for(group: ActorGroup, 
     assert group.collective_rpc("total", HANG) == [SUM] * SIZE
 
 
+@pytest.mark.slow
 def test_released_though_nobody_looked_for_longer_than_the_grace(ray_local: None, gate: Path) -> None:
     with ray_shm.launch(Faulty, num_workers=SIZE, groups={"tp": [RANKS]}, failure_grace=0) as own:
         future = start_total(own, gate)

@@ -82,6 +82,7 @@ def test_all_heals_end_with_the_group(ray_local: None, gate: Gate) -> None:
     assert [type(heal.result()) for heal in heals] == [GroupClosedError] * 2
 
 
+@pytest.mark.slow
 def test_calls_end_with_the_group_though_another_rank_dies_while_it_waits_for_a_heal(
     ray_local: None, gate: Gate
 ) -> None:

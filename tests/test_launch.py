@@ -337,7 +337,11 @@ SCRIPT = """
 
 @pytest.mark.parametrize(
     ("end", "status"),
-    [("group.close()", 0), ("pass", 0), ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL)],
+    [
+        ("group.close()", 0),
+        pytest.param("pass", 0, marks=pytest.mark.slow),
+        ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
+    ],
     ids=["close", "exit-without-close", "sigkill"],
 )
 def test_main_classes_work_and_no_end_of_the_driver_leaves_a_worker(end, status):

@@ -281,7 +281,7 @@ def test_children_go_with_a_worker_that_is_killed(launch, tmp_path):
     await_gone(pids)
 
 
-@pytest.mark.parametrize("timeout", [0, 0.5])
+@pytest.mark.parametrize("timeout", [0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_close_ends_ranks_that_cannot_be_asked(launch, tmp_path, timeout):
     group = launch(len(STATES))
     pids = occupy(group, tmp_path)
