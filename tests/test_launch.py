@@ -72,7 +72,7 @@ def used_resources():
 def all_free(ray_local):
     """Every test starts and ends with all of Ray's resources free."""
     yield
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while used_resources() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert used_resources() == {}
@@ -354,7 +354,7 @@ def test_main_classes_work_and_no_end_of_the_driver_leaves_a_worker(end, status)
     assert done.returncode == status, done.stderr
     pids = done.stdout.split()
     assert len(pids) == 2
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]

@@ -315,7 +315,7 @@ def test_stats_do_not_wait_for_a_blocked_enqueue() -> None:
         thread = blocked(ends.writer, bytes(900), said)
         looker = threading.Thread(target=lambda: seen.append(ends.writer.stats()))
         looker.start()
-        looker.join(1.0)
+        looker.join(HANG)
         early = list(seen)
         ends.readers[0].dequeue(HANG)
         thread.join(HANG)

@@ -245,7 +245,7 @@ def test_a_writer_interrupted_before_it_wakes(monkeypatch: pytest.MonkeyPatch) -
             patch.setattr(ring.RingWriter, "announce", interrupt_once(announce))
             with pytest.raises(Interrupted):
                 ends.writer.enqueue("published")
-        thread.join(2.0)
+        thread.join(HANG)
         early = list(got)
         ends.writer.enqueue("next")
         thread.join(HANG)
