@@ -126,8 +126,9 @@ class WorkerPool:
         self.disarm()
         for number, handler in self._replaced.items():
             signal.signal(number, handler)
+        if self._replaced:
+            sys.unraisablehook = self._report_unraisable
         self._replaced = {}
-        sys.unraisablehook = self._report_unraisable
         for worker in self.workers:
             worker.process.kill()
         for worker in self.workers:
@@ -179,7 +180,7 @@ class WorkerPool:
             raise self._error
 
     def _on_unraisable(self, dropped: Any) -> None:
-        if dropped.exc_value is not self._error:  # that one is not lost
+        if self._error is None or dropped.exc_value is not self._error:  # that one is not lost
             self._report_unraisable(dropped)
 
 

@@ -44,7 +44,7 @@ def test_one_tensor_beyond_the_bound_goes_alone(gpu: FakeMemory, gpu_queue: Mess
     assert len(gpu.kept) == 1
     assert [peer.run(summary) for peer in spare] == 2 * [[(4.0, 4.0, COUNT), (3.0, 3.0, nearly.numel())]]
     gpu_queue.enqueue(tensor(5.0))
-    gpu_queue.enqueue(nearly)  # not alone in the gpu_queue
+    gpu_queue.enqueue(nearly)  # not alone in the queue
     assert len(gpu.kept) == 1
     assert [peer.run(summary) for peer in spare] == 2 * [[(5.0, 5.0, COUNT)]]
     assert [peer.run(summary) for peer in spare] == 2 * [[(3.0, 3.0, nearly.numel())]]
