@@ -8,7 +8,8 @@ it never changes under what the receiver holds::
 
 Everything that lies in the block keeps the ctypes array alive, through the buffer protocol or as its base. When that is
 collected, wherever and in whatever thread, the lease drops the pages that were written to and stores zero in its lease
-word, which one process only ever writes. That takes no lock: it may happen inside of `enqueue`.
+word, which one process only ever writes. That takes no lock: it may happen inside of `enqueue`. What a signal's handler
+raises meanwhile (Ctrl-C) Python drops, with the rest of the callback: so two of them watch each block.
 
 `weakref.finalize` would not do: on a memoryview it fires while views of it live, and at interpreter exit it runs while
 arrays live. A forked child is not covered by its parent's lease; so before a fork, live leases become private memory.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import sys
 import weakref
@@ -33,13 +35,14 @@ _pagemap = -1  # descriptor of /proc/self/pagemap
 class Lease(weakref.ref):  # type: ignore[type-arg]  # to a ctypes array
     """One message's memory, held by this process."""
 
-    __slots__ = ("index", "key", "nbytes", "owner", "window")
+    __slots__ = ("again", "index", "key", "nbytes", "owner", "window")
 
     owner: Leases
     key: tuple[int, int]
     window: Window
     nbytes: int
     index: int
+    again: weakref.ref[Any]  # to the same, whose callback finishes what a signal broke off
 
 
 class Leases:
@@ -51,6 +54,7 @@ class Leases:
         self._words = words
         self._give_back = give_back
         self._windows: dict[tuple[int, int], Window] = {}
+        self._newest: dict[int, int] = {}  # by index of a lease word, the id of the lease whose word it is
         self._closed = False
 
     def window(self, offset: int, size: int) -> Window:
@@ -64,6 +68,8 @@ class Leases:
         """The first `nbytes` of the block at `key` (offset, size), leased until nothing refers to them any more.
 
         `index` -1: the memory is the writer's again once the message is released; it only stays mapped for so long.
+        Taken again, as after a signal's exception, whose traceback may keep the first one for long, it lasts for as
+        long as the newest.
         """
         window = self.window(*key)
         if index >= 0:
@@ -71,13 +77,18 @@ class Leases:
         block = (ctypes.c_char * nbytes).from_address(window.address)
         lease = Lease(block, _returned)
         lease.owner, lease.key, lease.window, lease.nbytes, lease.index = self, key, window, nbytes, index
+        lease.again = weakref.ref(block, functools.partial(_finish, id(lease)))
+        if index >= 0:
+            self._newest[index] = id(lease)
+        _live[id(lease)] = lease  # a signal may break this off before here or after: `returned` undoes the rest
         window.holders.add(id(lease))
-        _live[id(lease)] = lease
         return memoryview(block).cast("B")
 
     def returned(self, lease: Lease) -> None:
-        """Nothing refers to the memory of `lease` any more. On any thread, at any time; takes no lock."""
-        if lease.index >= 0:  # else it was only read, and the block may be somebody's again
+        """Nothing refers to the memory of `lease` any more. On any thread, at any time, also twice; takes no lock."""
+        # Else it was only read, or was taken again, or is given back already; and the block may be somebody's.
+        leased = lease.index >= 0 and self._newest.get(lease.index) == id(lease) and self._words[lease.index] != 0
+        if leased and id(lease) in lease.window.holders:  # else it may be unmapped
             address, size = lease.window.address, _whole_pages(lease.nbytes)
             try:
                 drop_own_pages(_open_pagemap(), address, size)
@@ -87,7 +98,7 @@ class Leases:
         lease.window.holders.discard(id(lease))
         if self._closed and not lease.window.holders:
             self._unmap(lease.key)
-        if lease.index >= 0:
+        if leased:
             self._give_back(lease.index)
 
     def close(self) -> None:
@@ -113,16 +124,17 @@ def held() -> tuple[int, int]:
 
 
 def _returned(lease: Any) -> None:
+    _finish(id(lease), lease)
+
+
+def _finish(key: int, _: Any) -> None:
+    lease = _live.get(key)
+    if lease is None or lease() is not None:  # done; or done, and another one has its id by now
+        return
     if sys.is_finalizing():  # the objects may still be looked at, and the writer sees the end of the process
         return
-    for last in (False, False, True):
-        try:
-            lease.owner.returned(lease)
-            break
-        except BaseException:  # a signal's, which is lost in here anyway: the lease must not be
-            if last:
-                raise
-    _live.pop(id(lease), None)
+    lease.owner.returned(lease)
+    _live.pop(key, None)
 
 
 def _open_pagemap() -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +27,7 @@ from injection import (
 from queue_ends import Ends, close_only, make_bounded, patient_wire, pid_of
 from reader_pool import Me, Peer, Wire
 
-from ray_shm import arena, ring
+from ray_shm import arena, lease, ring
 from ray_shm.errors import QueueClosedError
 from ray_shm.message_queue import MessageQueue
 
@@ -230,6 +232,43 @@ def test_an_interrupted_reader_gets_nothing_twice_or_torn(peer: Peer) -> None:
         queue.enqueue("usable")
         assert peer.run(checks.take) == ["usable"]
         peer.run(close_only)
+
+
+@pytest.mark.parametrize("where", ["sys.is_finalizing", "drop_own_pages", "_open_pagemap"])
+def test_a_lease_ends_although_its_callback_was_interrupted(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Ctrl-C comes when the last reference goes; what it raises in there nobody gets."""
+    lost: list[Any] = []
+    with Ends(max_chunk_bytes=1 << 24) as ends:
+        ends.writer.enqueue(content(1, 1 << 20))
+        received = ends.readers[0].dequeue(HANG)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "unraisablehook", lambda args: lost.append(args.exc_type))
+            module, _, name = where.rpartition(".")
+            inside = sys if module else lease
+            patch.setattr(inside, name, interrupt_once(getattr(inside, name)))
+            del received
+        assert lost == [Interrupted]
+        assert ends.writer._writer._shm.holders() == {}  # type: ignore[union-attr]
+
+
+def test_a_message_taken_again_after_an_interrupt_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The traceback of Ctrl-C (a notebook keeps the last one) refers to the message's memory, too."""
+    with Ends(max_chunk_bytes=1 << 24) as ends:
+        ends.writer.enqueue(content(1, 1 << 20))
+        with monkeypatch.context() as patch:
+            patch.setattr(arena, "contents", interrupt_once(arena.contents))
+            with pytest.raises(Interrupted) as kept:
+                ends.readers[0].dequeue(HANG)
+        received = ends.readers[0].dequeue(HANG)
+        assert kept.value.__traceback__
+        del kept
+        gc.collect()
+        for k in range(2, 5):
+            ends.writer.enqueue(content(k, 1 << 20))
+            assert is_content(ends.readers[0].dequeue(HANG), k, 1 << 20)
+        assert is_content(received, 1, 1 << 20), "another message came into its memory"
+        del received
+        assert ends.writer._writer._shm.holders() == {}  # type: ignore[union-attr]
 
 
 def test_a_writer_interrupted_before_it_wakes(monkeypatch: pytest.MonkeyPatch) -> None:
