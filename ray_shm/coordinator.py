@@ -56,7 +56,8 @@ class StatelessGroupCoordinator(TensorCollectives, ObjectCollectives, PointToPoi
             on every member. `ctx.group(name)` in a worker has it.
         group_name: distinguishes groups that share a store.
         host: address of the group's first rank, which binds the port of `group_ports` there.
-        group_ports: one list of ports per list of `group_ranks`; its last port serves the store.
+        group_ports: one list of ports per list of `group_ranks`; its last port serves the store. Outside of
+            net.ipv4.ip_local_port_range nobody gets such a port by accident before the group is formed.
         global_rank: this rank.
         global_world_size: number of ranks over all groups, for information.
         coord_store: instead of `group_ports`: a store that several groups share, or a callable that returns it,

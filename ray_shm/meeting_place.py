@@ -35,7 +35,8 @@ def bound(host: str, port: int, label: str) -> socket.socket:
         raise StartError(
             f"{label}: its first rank could not bind {host}:{port} for the store: "
             f"{os.strerror(exc.errno or 0)}{holder}. "
-            "Pass a free port of this node in group_ports, or a coord_store whose port was bound to 0 and held"
+            "Pass a free port of this node in group_ports, one outside of net.ipv4.ip_local_port_range (in it, anybody "
+            "who binds to 0 may get it first), or a coord_store whose port was bound to 0 and held"
         ) from exc
 
 

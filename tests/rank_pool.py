@@ -24,7 +24,7 @@ SETTLE = 5.0  # seconds for threads and sockets that are on their way out
 WATCHDOG = 60.0  # seconds; only a hang comes near
 HANG = 20.0  # seconds; far below WATCHDOG, the timeout of the groups
 WORLD = [[0, 1, 2]]
-LOOPBACK = "127.0.77.1"  # nobody else binds here, so a port that was free stays free
+LOOPBACK = "127.0.77.1"  # nobody outside of the tests binds here
 
 
 class Rank:
@@ -114,11 +114,6 @@ def total(group: StatelessGroupCoordinator, length: int = 3) -> float:
     import torch
 
     return float(group.all_reduce(torch.full((length,), 10.0**group.rank))[0])
-
-
-def free_port() -> int:
-    with socket.create_server((LOOPBACK, 0)) as probe:
-        return probe.getsockname()[1]
 
 
 def wait_until(reached: Callable[[], bool]) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import conformance_checks
 import pytest
 from conformance_checks import ALL
+from free_ports import free_port
 from netns import Host, HostProcess, lay_cable
-from rank_pool import LOOPBACK, WATCHDOG, Pool, Rank, free_port
+from rank_pool import LOOPBACK, WATCHDOG, Pool, Rank
 
 import ray_shm
 from ray_shm.coordinator import StatelessGroupCoordinator
@@ -40,9 +41,12 @@ def run_all(groups: dict[str, StatelessGroupCoordinator], size: str) -> None:
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
     pool = Pool(4)
-    pool.run(construct, {name: [[free_port()] for _ in ranks] for name, ranks in LAYOUTS.items()})
-    yield pool
-    assert pool.close() == [0] * 4
+    try:
+        pool.run(construct, {name: [[free_port(LOOPBACK)] for _ in ranks] for name, ranks in LAYOUTS.items()})
+        yield pool
+    finally:
+        codes = pool.close()
+    assert codes == [0] * 4
 
 
 def construct(me: Rank, ports: dict[str, list[list[int]]]) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rank_pool import LOOPBACK, WATCHDOG, WORLD, Pool, Rank, free_port, growth, open_handles
+from free_ports import free_port
+from rank_pool import LOOPBACK, WATCHDOG, WORLD, Pool, Rank, growth, open_handles
 
 from ray_shm.coordinator import StatelessGroupCoordinator
 from ray_shm.errors import GroupClosedError, PeerLostError, RemoteError, StartError
@@ -469,7 +470,7 @@ def check_cycles(me: Rank, ports: list[list[int]]) -> tuple[int, int]:
 
 
 def test_cycles_leave_descriptors_and_threads_flat(pool: Pool) -> None:
-    assert pool.run(check_cycles, [[1, 2, free_port()]]) == [(0, 0)] * 3
+    assert pool.run(check_cycles, [[1, 2, free_port(LOOPBACK)]]) == [(0, 0)] * 3
 
 
 def check_destroyed(me: Rank) -> None:

@@ -10,7 +10,8 @@ import sys
 import time
 
 import pytest
-from rank_pool import LOOPBACK, WATCHDOG, Pool, Rank, free_port, growth, open_handles
+from free_ports import free_port
+from rank_pool import LOOPBACK, WATCHDOG, Pool, Rank, growth, open_handles
 
 from ray_shm.coordinator import StatelessGroupCoordinator
 from ray_shm.errors import GroupClosedError, PeerLostError, StartError
@@ -36,7 +37,7 @@ def check_store_errors(me: Rank, stale: int) -> None:
 
 
 def test_store_errors(pool: Pool) -> None:
-    pool.run(check_store_errors, free_port(), ranks=(1,))
+    pool.run(check_store_errors, free_port(LOOPBACK), ranks=(1,))
 
 
 def check_store_life(me: Rank) -> None:
@@ -48,8 +49,8 @@ def check_store_life(me: Rank) -> None:
 
 
 def open_and_close_a_store() -> None:
-    listener = socket.create_server((LOOPBACK, 0))
-    port = listener.getsockname()[1]
+    port = free_port(LOOPBACK)
+    listener = socket.create_server((LOOPBACK, port))
     with GroupStore.serve(listener) as server, GroupStore.connect(LOOPBACK, port) as client:
         assert listener.fileno() == -1  # the store's now
         assert (server.host, server.port, client.port) == (LOOPBACK, port, port)

@@ -13,13 +13,13 @@ from functools import partial
 from typing import Any
 
 import pytest
+from free_ports import free_port
 from rank_pool import (
     LOOPBACK,
     WATCHDOG,
     Pool,
     Rank,
     alongside,
-    free_port,
     growth,
     open_handles,
     serve_checks,
@@ -126,7 +126,7 @@ def check_own_store_cycles(me: Rank, port: int) -> None:
 
 
 def test_a_group_with_its_own_store_is_formed_again_on_it(pool: ReplacingPool) -> None:
-    port = free_port()
+    port = free_port(LOOPBACK)
     pool.run(check_own_store_cycles, port)
     socket.create_server((LOOPBACK, port)).close()  # free again
 

@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from free_ports import free_port
 from rank_pool import (
     HANG,
     LOOPBACK,
@@ -18,7 +19,6 @@ from rank_pool import (
     Pool,
     Rank,
     alongside,
-    free_port,
     growth,
     open_handles,
     total,
@@ -197,7 +197,7 @@ def check_no_store(me: Rank, port: int) -> None:
 
 
 def test_released_while_waiting_for_the_store(pool: Pool) -> None:
-    pool.run(check_no_store, free_port(), ranks=(1,))
+    pool.run(check_no_store, free_port(LOOPBACK), ranks=(1,))
 
 
 class InterruptError(Exception):

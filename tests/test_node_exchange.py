@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import os
@@ -28,10 +29,9 @@ LENGTHS = (1, 7, 576, 20_011, 65_536)  # the last two are reduced by slices; 20,
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
     """The last two tests kill ranks 2 and 1."""
-    pool = Pool()
-    pool.run(one_thread)
-    yield pool
-    pool.close()
+    with contextlib.closing(Pool()) as pool:
+        pool.run(one_thread)
+        yield pool
 
 
 def one_thread(_me: Rank) -> None:

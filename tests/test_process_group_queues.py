@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from collections.abc import Callable, Iterator
@@ -22,11 +23,10 @@ _MS_REC_PRIVATE = 0x4000 | 0x40000
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
-    made = Pool()
-    made.run(open_groups)
-    yield made
-    made.run(close_groups)
-    made.close()
+    with contextlib.closing(Pool()) as made:
+        made.run(open_groups)
+        yield made
+        made.run(close_groups)
 
 
 # Checks: these run on every rank

@@ -5,7 +5,6 @@ The client runs as a script against a real Ray Client server, which is a process
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import textwrap
@@ -14,6 +13,7 @@ import time
 import psutil
 import pytest
 import ray
+from free_ports import free_port
 
 import ray_shm
 
@@ -24,9 +24,7 @@ NOTICED = 20.0
 
 @pytest.fixture(scope="module")
 def address(ray_local):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port("127.0.0.1")
     gcs = ray.get_runtime_context().gcs_address
     command = [sys.executable, "-m", "ray.util.client.server", "--mode", "legacy"]
     server = subprocess.Popen(

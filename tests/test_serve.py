@@ -9,7 +9,6 @@ import atexit
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from free_ports import free_port
 
 import ray_shm
 from ray_shm.errors import PlacementError, RpcError, WorkerDiedError
 from ray_shm.serve import GroupReplica, deployment_options
 
 WATCHDOG = 90.0  # seconds; only a hang comes near
-LOOPBACK = "127.0.77.2"  # nobody else binds here, so a port that was free stays free
+LOOPBACK = "127.0.77.2"  # nobody else binds here
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "autoscale.py"
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")  # in Ray Serve
@@ -79,8 +79,7 @@ def http_address(ray_local: None) -> Iterator[str]:
     """A running Serve; where its proxy listens."""
     from ray import serve
 
-    with socket.create_server((LOOPBACK, 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port(LOOPBACK)
     serve.start(http_options={"host": LOOPBACK, "port": port}, logging_config={"log_level": "ERROR"})
     yield f"http://{LOOPBACK}:{port}"
     serve.shutdown()
