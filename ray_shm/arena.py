@@ -15,6 +15,9 @@ who may touch it:
 
 A reader stores its lease word before its cursor, and zero when the last object is gone; the writer looks at cursors
 first, then (after a fence) at lease words. What this file does not do: leases themselves (lease.py), and waiting.
+
+A signal's handler may raise between any two steps, and leave lists and sums half changed. What is true then stands in
+the blocks, each of whose attributes is one store; `Arena.recover` makes the rest anew.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from ray_shm.segment import require_memory
 from ray_shm.windows import Window, punch_hole
 
 IDLE_SECONDS = 10.0  # how long a free block keeps its memory
+UNSENT = -1
 _FINEST = 1 << 16  # sizes are multiples of this, and of a sixteenth of the power of two below
 _ALIGN = 64
 _COUNT = struct.Struct("<Q")
@@ -51,6 +55,9 @@ class Block:
     offset: int
     size: int
     window: Window | None = None  # None: hollow
+    backed: bool = False  # has memory, perhaps
+    end: int = UNSENT  # ring position behind the record that names it
+    nbytes: int = 0  # of the message
     lease: int = -1  # index of the lease words; -1: readers copy out
     generation: int = 0
     free_since: float = 0.0
@@ -82,6 +89,7 @@ class Arena:
         self._end = start
         self.cap = cap
         self.reserved = 0  # bytes of memory in blocks, free ones included
+        self.blocks: list[Block] = []  # all there ever were
         self._free: list[Block] = []
         self._hollow: list[Block] = []
 
@@ -113,6 +121,7 @@ class Arena:
         return block
 
     def free(self, block: Block) -> None:
+        block.end = UNSENT
         block.free_since = time.monotonic()
         block.lease = -1
         self._free.append(block)
@@ -131,6 +140,7 @@ class Arena:
         if block is None:
             block = Block(self._end, size)
         require_memory(block.size, "a large message")
+        block.backed = True
         try:
             os.posix_fallocate(self._fd, block.offset, block.size)
             block.window = Window(self._fd, block.offset, block.size, private=False)
@@ -140,6 +150,7 @@ class Arena:
             ) from exc
         if fresh:
             self._end += block.size
+            self.blocks.append(block)
         else:
             self._hollow.remove(block)
         self.reserved += block.size
@@ -147,20 +158,36 @@ class Arena:
 
     def _give_back(self, block: Block) -> None:
         self._free.remove(block)
-        if block.window is not None:
-            block.window.unmap()
-            block.window = None
+        self._unmap(block)
         punch_hole(self._fd, block.offset, block.size)
         self.reserved -= block.size
-        block.passing = False
+        block.passing = block.backed = False
         self._hollow.append(block)
 
-    def close(self, blocks: Sequence[Block]) -> None:
-        """Unmap the free blocks and these. The memory goes with the last descriptor and mapping."""
-        for block in (*self._free, *blocks):
-            if block.window is not None:
-                block.window.unmap()
-                block.window = None
+    def _unmap(self, block: Block) -> None:
+        window, block.window = block.window, None  # first: nobody is to write to what is not mapped
+        if window is not None:
+            window.unmap()
+
+    def recover(self) -> None:
+        """After an exception that came at any time: free what no record names. The owner has looked at `end`."""
+        for block in self.blocks:
+            if block.window is None and block.backed:
+                punch_hole(self._fd, block.offset, block.size)
+                block.backed = False
+        beyond = os.fstat(self._fd).st_size - self._end  # reserved for a block that was not finished
+        if beyond > 0:
+            punch_hole(self._fd, self._end, beyond)
+        self._free = [block for block in self.blocks if block.end == UNSENT and block.window is not None]
+        self._hollow = [block for block in self.blocks if block.window is None]
+        self.reserved = sum(block.size for block in self.blocks if block.window is not None)
+        for block in [block for block in self._free if block.passing]:
+            self._give_back(block)
+
+    def close(self) -> None:
+        """Unmap all. The memory goes with the last descriptor and mapping."""
+        for block in self.blocks:
+            self._unmap(block)
 
 
 def _best(blocks: Sequence[Block], size: int) -> Block | None:

@@ -105,6 +105,14 @@ class QueueEnd:
         """Take the lock; False when the deadline comes first."""
         return self._lock.acquire(timeout=-1 if deadline.at is None else deadline.slice(threading.TIMEOUT_MAX))
 
+    def _let_go(self, lock: threading.RLock, busy: bool) -> None:
+        """What a signal's handler raised came right after taking the lock, if it came then.
+
+        busy: an outer call of this thread has it, too.
+        """
+        if not busy and lock._is_owned():  # type: ignore[attr-defined]
+            lock.release()
+
     def _require_open(self) -> None:
         if not self._closed:
             return

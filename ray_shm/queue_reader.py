@@ -151,12 +151,16 @@ class QueueReader(QueueEnd):
             TimeoutError: nothing came; the queue stays usable. Others as `await_message`, and what `consume` raises.
         """
         lock = self._lock  # a forked child gets another one
-        if not lock.acquire(False) and not self._acquire(deadline):
-            self._require_open()
-            raise TimeoutError(self._nothing_text(deadline))  # another thread waits for a message
-        if self._reading:
-            self._refuse_nested(lock)
-        self._reading = True
+        try:
+            if not lock.acquire(False) and not self._acquire(deadline):
+                self._require_open()
+                raise TimeoutError(self._nothing_text(deadline))  # another thread waits for a message
+            if self._reading:
+                self._refuse_nested(lock)
+            self._reading = True
+        except BaseException:
+            self._let_go(lock, self._reading)
+            raise
         try:
             shm = self.shm
             frames = shm.peek() if shm is not None else None
@@ -180,12 +184,16 @@ class QueueReader(QueueEnd):
     def message(self, deadline: Deadline, cancel: threading.Event | None = None) -> Iterator[list[memoryview]]:
         """The next message's frames, valid inside the `with`; consumed when it ends. Raises as `receive`."""
         lock = self._lock
-        if not self._acquire(deadline):
-            self._require_open()
-            raise TimeoutError(self._nothing_text(deadline))
-        if self._reading:
-            self._refuse_nested(lock)
-        self._reading = True
+        try:
+            if not self._acquire(deadline):
+                self._require_open()
+                raise TimeoutError(self._nothing_text(deadline))
+            if self._reading:
+                self._refuse_nested(lock)
+            self._reading = True
+        except BaseException:
+            self._let_go(lock, self._reading)
+            raise
         try:
             frames = self._await_frames(deadline, cancel)
             try:

@@ -160,14 +160,18 @@ class QueueWriter(QueueEnd):
             StaleError: of a message that shares GPU memory; nothing was sent.
         """
         lock = self._lock  # a forked child gets another one
-        if not lock.acquire(False) and not self._acquire(deadline):
-            self._require_open()
-            raise TimeoutError(self._late_text(deadline, ""))  # another thread waits for room, and has the blocks
-        if self._sending:  # the same thread: a signal handler, or a __del__
-            lock.release()
-            self._require_open()
-            raise RuntimeError("enqueue was called inside of enqueue of the same queue; nothing was sent")
-        self._sending = True
+        try:
+            if not lock.acquire(False) and not self._acquire(deadline):
+                self._require_open()
+                raise TimeoutError(self._late_text(deadline, ""))  # another thread waits for room, and has the blocks
+            if self._sending:  # the same thread: a signal handler, or a __del__
+                lock.release()
+                self._require_open()
+                raise RuntimeError("enqueue was called inside of enqueue of the same queue; nothing was sent")
+            self._sending = True
+        except BaseException:
+            self._let_go(lock, self._sending)
+            raise
         try:
             shm = self._shm
             simple = shm is not None and self._zmq is None and not self._dead

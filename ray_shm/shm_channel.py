@@ -17,11 +17,11 @@ from __future__ import annotations
 import os
 import struct
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ray_shm import arena, futex, ring
-from ray_shm.arena import Arena, Block
+from ray_shm.arena import UNSENT, Arena, Block
 from ray_shm.cuda_ipc import DeviceFrame, Received, Sharer
 from ray_shm.errors import StartError
 from ray_shm.handle import ShmAddress
@@ -43,6 +43,22 @@ class _InFlight:
     end: int  # ring position after which no reader needs the message
     block: Block | None  # None: it stands in the ring
     bytes: int  # of the message
+
+
+class _Books:
+    """``with books:`` around what changes lists and sums in several steps; after an exception the next one repairs."""
+
+    def __init__(self, repair: Callable[[], None]) -> None:
+        self._repair = repair
+        self._broken = False
+
+    def __enter__(self) -> None:
+        if self._broken:
+            self._repair()
+        self._broken = True
+
+    def __exit__(self, raised: object, *_: object) -> None:
+        self._broken = raised is not None
 
 
 class ShmWriter:
@@ -89,6 +105,7 @@ class ShmWriter:
         self._counted_bytes = 0
         self._leased: list[Block] = []  # read by all, and perhaps held by some
         self._prepared: Block | None = None
+        self._books = _Books(self._recover)
         self.large = 0  # messages that went through the arena
         self._gone: set[int] = set()  # readers whose process is gone: their leases no longer count
         self.sharer = Sharer(self.ring, self._bound)  # of GPU memory
@@ -127,12 +144,14 @@ class ShmWriter:
             StartError: no memory for a large message.
         """
         total = record_bytes(lengths)
-        small = total <= self.ring.largest
-        if (not small or self._counted or self._tight) and not self._within_bound(sum(lengths)):
-            return False
-        if small:
+        if total <= self.ring.largest and not self._counted and not self._tight:
             return self.ring.reserve(total) is not None
-        return self.ring.reserve(_WHERE_RECORD) is not None and self._prepare(arena.layout(lengths)[1])
+        with self._books:
+            if not self._within_bound(sum(lengths)):
+                return False
+            if total <= self.ring.largest:
+                return self.ring.reserve(total) is not None
+            return self.ring.reserve(_WHERE_RECORD) is not None and self._prepare(arena.layout(lengths)[1])
 
     def _within_bound(self, nbytes: int) -> bool:
         self._note_read()
@@ -161,8 +180,13 @@ class ShmWriter:
         if total <= self.ring.largest:
             self._put(ring.INLINE, frames, frames, total)
             if self._tight:
-                self._count(None, sum(lengths))
+                with self._books:
+                    self._count(None, sum(lengths))
             return
+        with self._books:
+            self._send_block(frames, lengths)
+
+    def _send_block(self, frames: Sequence[Buffer], lengths: Sequence[int]) -> None:
         block, self._prepared = self._prepared, None
         if block is None:
             raise RuntimeError("send() without room(): a bug in ray-shm")
@@ -170,19 +194,12 @@ class ShmWriter:
         self._lease(block, used)
         if futex.fence is not None:
             futex.fence()  # SYNC POINT: cursors before reuse
-        try:
-            arena.fill(block, frames, lengths)
-        except BaseException:  # Ctrl-C while copying; nothing was published
-            self._free_block(block)
-            raise
+        arena.fill(block, frames, lengths)
         where = _WHERE.pack(block.offset, block.size, used, block.lease, block.generation)
-        published = self.ring.published
-        try:
-            self._put(ring.LARGE, [where], frames, _WHERE_RECORD)
-        finally:
-            if self.ring.published != published:  # an exception may have come after that
-                self.large += 1
-                self._count(block, sum(lengths))
+        block.nbytes = sum(lengths)
+        self._put(ring.LARGE, [where], frames, _WHERE_RECORD, block)
+        self.large += 1
+        self._count(block, block.nbytes)
 
     def _lease(self, block: Block, used: int) -> None:
         """Decide whether readers may keep a message's memory."""
@@ -197,12 +214,16 @@ class ShmWriter:
     def _blocks(self) -> list[Block]:
         return [*(item.block for item in self._counted if item.block is not None), *self._leased]
 
-    def _put(self, kind: int, stored: Sequence[Buffer], frames: Sequence[Buffer], total: int) -> None:
-        """stored: what stands in the ring of the message `frames`."""
+    def _put(
+        self, kind: int, stored: Sequence[Buffer], frames: Sequence[Buffer], total: int, block: Block | None = None
+    ) -> None:
+        """stored: what stands in the ring of the message `frames`. block: where the rest of it is."""
         at = self.ring.reserve(total)
         if at is None:
             raise RuntimeError("send() without room(): a bug in ray-shm")
         self.ring.write(at, self._kind(kind, frames, total), stored, total)
+        if block is not None:
+            block.end = self.ring.tail + total
         self.ring.publish(total)
 
     def _count(self, block: Block | None, nbytes: int) -> None:
@@ -237,9 +258,26 @@ class ShmWriter:
     def trim(self) -> None:
         """Give back the memory of large messages that is long free; for when only small ones come."""
         self.sharer.trim()
-        if self._arena.reserved:
-            self._note_read()
-            self._reclaim()
+        if self._arena.blocks:
+            with self._books:
+                self._note_read()
+                self._reclaim()
+
+    def _recover(self) -> None:
+        """From what stands in the blocks, after an exception that came at any time."""
+        slowest, published = self.ring.slowest(), self.ring.published
+        for block in self._arena.blocks:
+            if block.end > published:
+                block.end = UNSENT
+        sent = [block for block in self._arena.blocks if block.end != UNSENT]
+        unread = [_InFlight(block.end, block, block.nbytes) for block in sent if block.end > slowest]
+        unread += [item for item in self._counted if item.block is None]
+        self._counted = deque(sorted(unread, key=lambda item: item.end))
+        self._counted_bytes = sum(item.bytes for item in unread)
+        self._leased = [block for block in sent if block.end <= slowest]
+        self._free_leases = sorted(set(range(LEASES)) - {block.lease for block in sent})
+        self._prepared = None
+        self._arena.recover()
 
     def _holders(self, block: Block) -> Sequence[int]:
         """Readers (by position) that hold objects in `block`."""
@@ -258,8 +296,9 @@ class ShmWriter:
 
     def holders(self) -> dict[int, tuple[int, int]]:
         """Reader position → (blocks, bytes) that it keeps from reuse, unread or leased."""
-        self._note_read()
-        self._reclaim()
+        with self._books:
+            self._note_read()
+            self._reclaim()
         blocks: Counter[int] = Counter()
         nbytes: Counter[int] = Counter()
         for item in self._counted:
@@ -299,9 +338,8 @@ class ShmWriter:
     def close(self) -> None:
         """Let go of the memory; readers that attached still read all that was sent. Idempotent."""
         self.sharer.close()
-        prepared = [self._prepared] if self._prepared is not None else []
         self._prepared = None
-        self._arena.close([*self._blocks(), *prepared])
+        self._arena.close()
         self._counted.clear()
         self._leased.clear()
         self._segment.close()

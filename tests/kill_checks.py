@@ -41,6 +41,7 @@ def writers_code() -> set[CodeType]:
         ring.write_record,
         arena.fill,
         shm_channel.ShmWriter.send,
+        shm_channel.ShmWriter._send_block,
         shm_channel.ShmWriter._put,
         shm_channel.ShmWriter._count,
         shm_channel.ShmWriter._lease,

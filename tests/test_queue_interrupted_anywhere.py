@@ -1,0 +1,204 @@
+"""A signal's handler that raises at each step of a large message's way: nothing is lost for good, torn or used twice.
+
+Handlers run where a function is entered and where a C function has returned. There, a profile function raises.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+from hazard_checks import content, is_content
+from injection import HANG
+from queue_ends import Ends
+
+from ray_shm import arena, lease
+from ray_shm.ring import LEASES
+from ray_shm.shm_channel import ShmWriter
+
+KIB = 1 << 10
+LARGE = 300 * KIB  # leased
+STEPS = 2000  # a queue that needs more of them for one message is not what this is about
+
+pytestmark = pytest.mark.usefixtures("what_stays")
+
+
+class Interrupted(BaseException):
+    """As KeyboardInterrupt."""
+
+
+def interrupted(at: int, call: Callable[[], Any]) -> BaseException | None:
+    """Runs it, and raises at its step `at`; None: it has no such step, and has run."""
+    steps = 0
+
+    def profile(_frame: FrameType, event: str, _arg: object) -> None:
+        nonlocal steps
+        if event in ("call", "c_return"):
+            steps += 1
+            if steps == at + 1:  # not where this function itself is left
+                raise Interrupted
+
+    try:
+        sys.setprofile(profile)
+        call()
+    except Interrupted as exc:
+        return exc
+    finally:
+        sys.setprofile(None)
+    return None
+
+
+@pytest.fixture(autouse=True)
+def lost(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[type[BaseException]]]:
+    """What was raised where nobody gets it: in a lease's callback."""
+    kinds: list[type[BaseException]] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda args: kinds.append(args.exc_type))
+    yield kinds
+    assert set(kinds) <= {Interrupted}
+
+
+class Numbered:
+    """Messages of one end to the other, each with content of its own."""
+
+    def __init__(self, ends: Ends, size: int = LARGE) -> None:
+        self.ends, self.size, self.sent = ends, size, 0
+        self.shm: ShmWriter = ends.writer._writer._shm  # type: ignore[union-attr, assignment]
+
+    def message(self) -> tuple[int, np.ndarray]:
+        self.sent += 1
+        return self.sent, content(self.sent % 251, self.size)
+
+    def send(self) -> int:
+        self.ends.writer.enqueue(self.message(), HANG)
+        return self.sent
+
+    def receive(self) -> tuple[int, np.ndarray]:
+        number, data = self.ends.readers[0].dequeue(HANG)
+        self.check(number, data)
+        return number, data
+
+    def check(self, number: int, data: np.ndarray) -> None:
+        assert is_content(data, number % 251, self.size), f"message {number} is torn, or another came into its memory"
+
+    def exchange(self, count: int) -> list[tuple[int, np.ndarray]]:
+        """Some more messages, one by one, and all of them held."""
+        got = []
+        for _ in range(count):
+            number = self.send()
+            got.append(self.receive())
+            assert got[-1][0] == number
+        return got
+
+    def assert_nothing_is_kept(self) -> None:
+        if lease.held() != (0, 0):
+            gc.collect()  # a traceback's
+        shm = self.shm
+        assert shm.holders() == {}
+        assert (len(shm._counted), shm._counted_bytes, shm._leased) == (0, 0, [])
+        assert sorted(shm._free_leases) == list(range(LEASES))
+        blocks = shm._arena.blocks
+        prepared = [block for block in blocks if block is shm._prepared]
+        assert len(shm._arena._free) + len(shm._arena._hollow) + len(prepared) == len(blocks)
+        assert len({id(block) for block in (*shm._arena._free, *shm._arena._hollow, *prepared)}) == len(blocks)
+        assert shm._arena.reserved == sum(block.size for block in blocks if block.window is not None)
+        assert all(block.end == arena.UNSENT and block.lease < 0 for block in blocks)
+        assert lease.held() == (0, 0)
+
+
+def leave_blocks_to_reclaim(way: Numbered) -> list[tuple[int, np.ndarray]]:
+    """The next message finds three blocks that are free again, and between them two that are held."""
+    got = way.exchange(5)
+    return [got[1], got[3]]
+
+
+BOUNDS = {
+    "wide": {"max_chunk_bytes": 1 << 22, "max_chunks": 6},
+    "narrow": {"max_chunk_bytes": 400 * KIB, "max_chunks": 1},
+    "with a small arena": {"max_chunk_bytes": 1 << 22, "max_chunks": 6, "max_arena_bytes": 2 << 20},
+    "for small messages": {"max_chunk_bytes": 6000, "max_chunks": 1},
+}
+CASES = [*((bounds, LARGE) for bounds in BOUNDS), *(("for small messages", size) for size in (50, 5000)), ("wide", 50)]
+for_every_case = pytest.mark.parametrize(("bounds", "size"), CASES)
+
+
+def assert_free(ends: Ends) -> None:
+    """Another thread may use both ends: no lock was left behind."""
+    for end in (ends.writer._writer, ends.readers[0]._reader):
+        assert not end._lock._is_owned()  # type: ignore[union-attr, attr-defined]
+
+
+@for_every_case
+def test_an_enqueue_that_is_interrupted_anywhere(bounds: str, size: int) -> None:
+    with Ends(**BOUNDS[bounds]) as ends:
+        way = Numbered(ends, size)
+        for at in range(STEPS):
+            held = leave_blocks_to_reclaim(way)
+            message = way.message()
+            broken = interrupted(at, lambda message=message: ends.writer.enqueue(message, HANG))
+            assert_free(ends)
+            number = way.sent
+            more = [way.receive()] if way.shm.ring.lag(0) else []
+            assert [got[0] for got in more] in ([number], [] if broken else [number])
+            more += way.exchange(5)
+            for each in (*held, *more):
+                way.check(*each)
+            del held, more, each
+            way.assert_nothing_is_kept()
+            if broken is None:
+                break
+        assert 30 < at < STEPS - 1
+
+
+@for_every_case
+def test_a_dequeue_that_is_interrupted_anywhere(bounds: str, size: int) -> None:
+    """`kept`: a notebook keeps the last traceback, and with it what the broken dequeue had in hand."""
+    kept: list[Any] = []
+    with Ends(**BOUNDS[bounds]) as ends:
+        way = Numbered(ends, size)
+        lost = 0
+        for at in range(STEPS):
+            held = leave_blocks_to_reclaim(way)
+            first = way.send()
+            kept.append(interrupted(at, lambda: ends.readers[0].dequeue(HANG)))
+            assert_free(ends)
+            broken = kept[-1] is not None
+            if broken and way.shm.ring.lag(0):
+                held.append(way.receive())
+                assert held[-1][0] == first
+            else:
+                lost += broken
+            more = way.exchange(2)
+            kept.clear()
+            more += way.exchange(2)
+            for each in (*held, *more):
+                way.check(*each)
+            del held, more, each
+            way.assert_nothing_is_kept()
+            if not broken:
+                break
+        assert 15 < at < STEPS - 1
+        assert lost < at / 2  # those that were being unpickled
+
+
+def test_a_lease_whose_end_is_interrupted_anywhere(lost: list[type[BaseException]]) -> None:
+    with Ends(**BOUNDS["wide"]) as ends:
+        way = Numbered(ends)
+        for at in range(STEPS):
+            held = way.exchange(2)
+            held[0][1][::4096] += 1  # pages of its own, to be dropped
+            last = [held.pop(0)]
+            seen = len(lost)
+            broken = interrupted(at, last.clear)
+            more = way.exchange(3)
+            for each in (*held, *more):
+                way.check(*each)
+            del held, more, each
+            way.assert_nothing_is_kept()
+            if broken is None and len(lost) == seen:
+                break
+        assert 20 < at < STEPS - 1
