@@ -43,6 +43,7 @@ IDLE_SECONDS = 10.0  # how long a free block keeps its memory
 UNSENT = -1
 _FINEST = 1 << 16  # sizes are multiples of this, and of a sixteenth of the power of two below
 _ALIGN = 64
+WHERE = struct.Struct("<QQQiI")  # what a record says of its block: offset, size, bytes used, lease index, generation
 _COUNT = struct.Struct("<Q")
 _THREADED_COPY = 8 << 20  # bytes from which a copy is shared by threads
 _COPY_THREADS = min(4, len(os.sched_getaffinity(0)))

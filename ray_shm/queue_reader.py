@@ -16,7 +16,7 @@ from ray_shm.errors import PeerLostError, QueueCancelledError, QueueClosedError,
 from ray_shm.handle import Handle
 from ray_shm.queue_end import QueueEnd, QueueStats
 from ray_shm.segment import start_time
-from ray_shm.shm_channel import ShmReader
+from ray_shm.shm_reader import ShmReader
 from ray_shm.waiting import CANCEL_PARK, IDLE_PARK
 
 if TYPE_CHECKING:

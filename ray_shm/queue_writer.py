@@ -20,7 +20,7 @@ from ray_shm.handle import HANDLE_VERSION, Handle
 from ray_shm.queue_end import QueueEnd, QueueStats
 from ray_shm.reader_watch import ReaderWatch
 from ray_shm.ring import Buffer
-from ray_shm.shm_channel import RING_BYTES, ShmWriter
+from ray_shm.shm_writer import RING_BYTES, ShmWriter
 from ray_shm.size_text import size_text
 from ray_shm.waiting import IDLE_PARK
 

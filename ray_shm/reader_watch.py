@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 
 from ray_shm import death_watch, ring
 from ray_shm.segment import start_time
-from ray_shm.shm_channel import ShmWriter
+from ray_shm.shm_writer import ShmWriter
 
 _ENDING = 5.0  # seconds that a killed process may still need: freeing its memory takes 5 ms for each GiB
 

@@ -14,7 +14,7 @@ import numpy as np
 from injection import HANG
 from reader_pool import Me
 
-from ray_shm import arena, ring, shm_channel, waiting
+from ray_shm import arena, ring, shm_writer, waiting
 from ray_shm.handle import Handle
 from ray_shm.message_queue import MessageQueue
 
@@ -171,7 +171,7 @@ def keep_references(monkeypatch: Any) -> None:
 
 def forget_what_was_cut_off(monkeypatch: Any) -> None:
     """A writer that starts on a message before there is room for it, and leaves the start there on a timeout."""
-    room = shm_channel.ShmWriter.room
+    room = shm_writer.ShmWriter.room
 
     def start_at_once(self: Any, lengths: Any) -> bool:
         fits = room(self, lengths)
@@ -182,7 +182,7 @@ def forget_what_was_cut_off(monkeypatch: Any) -> None:
             self.ring.publish(64)
         return fits
 
-    monkeypatch.setattr(shm_channel.ShmWriter, "room", start_at_once)
+    monkeypatch.setattr(shm_writer.ShmWriter, "room", start_at_once)
 
 
 # Blocking

@@ -11,7 +11,7 @@ import numpy as np
 from hazard_checks import content
 from injection import HANG, Fuse, be_patient, codes, die
 
-from ray_shm import arena, futex, lease, queue_reader, ring, shm_channel
+from ray_shm import arena, futex, lease, queue_reader, ring, shm_reader, shm_writer
 from ray_shm.handle import Handle
 from ray_shm.message_queue import MessageQueue
 
@@ -40,12 +40,12 @@ def writers_code() -> set[CodeType]:
         ring.RingWriter.set_phase,
         ring.write_record,
         arena.fill,
-        shm_channel.ShmWriter.send,
-        shm_channel.ShmWriter._send_block,
-        shm_channel.ShmWriter._put,
-        shm_channel.ShmWriter._count,
-        shm_channel.ShmWriter._lease,
-        shm_channel.ShmWriter._free_block,
+        shm_writer.ShmWriter.send,
+        shm_writer.ShmWriter._send_block,
+        shm_writer.ShmWriter._put,
+        shm_writer.ShmWriter._count,
+        shm_writer.ShmWriter._lease,
+        shm_writer.ShmWriter._free_block,
     )
 
 
@@ -56,8 +56,8 @@ def readers_code() -> set[CodeType]:
         ring.RingReader.lease_release,
         ring.RingReader.peek,
         ring.Bell.ring,
-        shm_channel.ShmReader._large,
-        shm_channel.ShmReader.release,
+        shm_reader.ShmReader._large,
+        shm_reader.ShmReader.release,
         lease.Leases.take,
         lease.Leases.returned,
         lease.drop_own_pages,

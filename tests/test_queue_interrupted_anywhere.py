@@ -19,7 +19,7 @@ from queue_ends import Ends
 
 from ray_shm import arena, lease
 from ray_shm.ring import LEASES
-from ray_shm.shm_channel import ShmWriter
+from ray_shm.shm_writer import ShmWriter
 
 KIB = 1 << 10
 LARGE = 300 * KIB  # leased

@@ -30,7 +30,7 @@ from kill_checks import BIG, BOUNDS, SIZES, reader_life, writer_life
 from queue_ends import holders
 from reader_pool import Me, Peer, Wire, attach
 
-from ray_shm import lease, ring, shm_channel
+from ray_shm import lease, ring, shm_writer
 from ray_shm.errors import PeerLostError, QueueClosedError
 from ray_shm.message_queue import MessageQueue
 
@@ -139,7 +139,7 @@ def test_every_sync_point_of_the_writer_is_among_those_lines() -> None:
     finally:
         fuse.put_out()
         kill_checks.futex.fence = before
-    for module in (ring, shm_channel):
+    for module in (ring, shm_writer):
         points = sync_points(module, kill_checks_code)
         assert points
         assert points <= fuse.lines, f"not reached: {sorted(points - fuse.lines)}"

@@ -1,8 +1,8 @@
-"""Messages (lists of byte frames) through one ring to readers on the same node. No pickling, no waiting policy.
+"""Messages (lists of byte frames) into one ring for readers on the same node. No pickling, no waiting policy.
 
-Runs in every process: ShmWriter in the one that sends, ShmReader in each that receives. A message stands in the ring if
-`max_chunks` of its size fit there. A larger one is written to a block of the arena (arena.py), and the ring carries
-where that is; so a message is published for all readers by one store, or not at all.
+Runs in the process that sends. A message stands in the ring if `max_chunks` of its size fit there. A larger one is written
+to a block of the arena (arena.py), and the ring carries where that is; so a message is published for all readers by one
+store, or not at all.
 
 Small messages are copied out by their readers, large ones are leased: what a reader unpickles lies in the block. Once
 leases take up half of `max_arena_bytes`, readers copy large messages out, too, so that one who keeps everything it
@@ -14,19 +14,15 @@ in a ring that is larger (a "tight" queue) every message is counted.
 
 from __future__ import annotations
 
-import os
-import struct
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ray_shm import arena, futex, ring
 from ray_shm.arena import UNSENT, Arena, Block
-from ray_shm.cuda_ipc import DeviceFrame, Received, Sharer
-from ray_shm.errors import StartError
+from ray_shm.cuda_ipc import DeviceFrame, Sharer
 from ray_shm.handle import ShmAddress
-from ray_shm.lease import Leases
-from ray_shm.ring import LEASES, Buffer, RingReader, RingWriter, Shape, record_bytes
+from ray_shm.ring import LEASES, Buffer, RingWriter, Shape, record_bytes
 from ray_shm.segment import Segment
 
 RING_BYTES = 1 << 20
@@ -34,8 +30,7 @@ SMALLEST_RING = 1 << 16
 SMALLEST_INLINE = 4096  # records up to this size stand in the ring however many chunks there may be
 LEASE_BYTES = 1 << 18  # blocks from this size on are leased; below, copying is cheaper
 ARENA_BYTES = 1 << 30  # the default cap, unless twice the bound on unread bytes is more
-_WHERE = struct.Struct("<QQQiI")  # offset, size, bytes used, lease index, generation
-_WHERE_RECORD = record_bytes([_WHERE.size])
+_WHERE_RECORD = record_bytes([arena.WHERE.size])
 
 
 @dataclass(slots=True)
@@ -195,7 +190,7 @@ class ShmWriter:
         if futex.fence is not None:
             futex.fence()  # SYNC POINT: cursors before reuse
         arena.fill(block, frames, lengths)
-        where = _WHERE.pack(block.offset, block.size, used, block.lease, block.generation)
+        where = arena.WHERE.pack(block.offset, block.size, used, block.lease, block.generation)
         block.nbytes = sum(lengths)
         self._put(ring.LARGE, [where], frames, _WHERE_RECORD, block)
         self.large += 1
@@ -346,75 +341,4 @@ class ShmWriter:
 
     def abandon(self) -> None:
         """In a forked child: close the descriptor, and leave the memory to the parent."""
-        self._segment.close()
-
-
-class ShmReader:
-    """The receiving end number `index`. Not thread-safe: its owner holds a lock."""
-
-    def __init__(self, address: ShmAddress, index: int, pid: int) -> None:
-        """Raises AttachError where the memory cannot be reached from here, StartError where `index` is taken."""
-        futex.require_supported()
-        self._segment = Segment.attach(address.ref)
-        occupant = RingReader.occupant(self._segment, index)
-        if occupant:  # its cursor and its leases are not another one's to take over
-            self._segment.close()
-            raise StartError(
-                f"that place is taken: process {occupant} reads or has read there; make a new queue, or, once that "
-                "process has ended, have the writer drop and readmit it"
-            )
-        self.ring = RingReader(self._segment, address.shape, index, pid)
-        self._leases = Leases(os.dup(self._segment.fd), self.ring.leases, self.ring.lease_release())
-        self.large = 0  # messages that came through the arena
-        self._frames: list[memoryview] | None = None  # of a large message that was peeked and not released
-        self.owned = False  # the frames peeked last, but for the first, may be kept: they lie in leased memory
-
-    def peek(self) -> list[memoryview] | None:
-        """Frames of the next message, or None. They stay valid until `release`; where `owned`, all but the first do
-        for as long as something refers to them.
-
-        Raises:
-            OSError: a large message's memory cannot be mapped (too many mappings). It can be tried again.
-        """
-        if self._frames is not None:
-            return self._frames
-        record = self.ring.peek()
-        if record is None:
-            return None
-        kind, frames = record
-        self.owned = False
-        return self._special(kind, frames) if kind else frames
-
-    def _special(self, kind: int, frames: list[memoryview]) -> list[memoryview]:
-        large = kind & ring.LARGE
-        if large:
-            frames = self._large(frames[0])
-        if kind & ring.DEVICE:
-            frames[-1] = Received.of(frames[-1], self.ring)  # type: ignore[call-overload]
-        if large:
-            self._frames = frames
-            self.large += 1
-        return frames
-
-    def _large(self, where: memoryview) -> list[memoryview]:
-        offset, size, used, lease, generation = _WHERE.unpack(where)
-        view = self._leases.take((offset, size), used, lease, generation)
-        self.owned = lease >= 0
-        return arena.contents(view)
-
-    def release(self) -> None:
-        self._frames = None
-        self.ring.release()
-
-    def close(self) -> None:
-        """Tell the writer that this reader left. What was received stays valid. Idempotent."""
-        self._frames = None
-        self._leases.close()
-        self.ring.set_state(ring.LEFT)
-        self._segment.close()
-
-    def abandon(self) -> None:
-        """In a forked child: close the descriptors, and leave the rest to the parent."""
-        self._frames = None
-        self._leases.close()
         self._segment.close()
