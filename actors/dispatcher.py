@@ -129,7 +129,13 @@ class Dispatcher(Replies):
         frames = wire.encode_call(
             call.call_id, self.epoch, method, args, kwargs, targets, len(ranks), wire.EVERY_RANK, wire.STREAM
         )
-        self._send(call, frames, deadline)
+        try:
+            self._send(call, frames, deadline)
+        except Exception:  # it was not sent
+            raise
+        except BaseException:  # Ctrl-C: nobody will take the items, and without that its generators wait for ever
+            self.abandon(call, cancelled_error(call))
+            raise
         return call
 
     def submit_order(self, kind: int, name: str, payload: object, targets: Sequence[int], deadline: Deadline) -> Call:

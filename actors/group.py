@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 
 from ray_shm.actors import profiling
-from ray_shm.actors.call import REDUCTIONS, Reduce
+from ray_shm.actors.call import REDUCTIONS, Reduce, cancelled_error
 from ray_shm.actors.client import ClientRuntime, Ticket
 from ray_shm.actors.future import RpcFuture
 from ray_shm.actors.group_directory import CREATE_TIMEOUT
@@ -155,7 +155,11 @@ class ActorGroup:
         _require_call(method, args, kwargs, None, None)
         dispatcher = self._runtime.dispatcher
         call = dispatcher.submit_stream(method, args, kwargs or {}, targets, Deadline.after(timeout))
-        return RpcStream(dispatcher, call)
+        try:
+            return RpcStream(dispatcher, call)
+        except BaseException:  # Ctrl-C: nobody will take the items
+            dispatcher.abandon(call, cancelled_error(call))
+            raise
 
     def check_health(self, timeout: float | None = 10.0) -> None:
         """Have every rank answer within `timeout` seconds.

@@ -134,14 +134,18 @@ class GroupDirectory:
     @contextlib.contextmanager
     def _ordering(self, deadline: Deadline) -> Iterator[None]:
         """Raises RpcTimeoutError: another thread's order finds no room. GroupClosedError."""
-        if not self._lock.acquire(timeout=-1 if deadline.at is None else deadline.slice(threading.TIMEOUT_MAX)):
-            raise RpcTimeoutError(f"no order was sent within {deadline.timeout} s: other orders are being sent")
+        taken = False
         try:
+            # In C: no signal's handler comes before it is known.
+            [taken] = map(self._lock.acquire, (True,), (deadline.slice(threading.TIMEOUT_MAX),))
+            if not taken:
+                raise RpcTimeoutError(f"no order was sent within {deadline.timeout} s: other orders are being sent")
             if self._dispatcher.refusing:
                 raise closed_error()
             yield
         finally:
-            self._lock.release()
+            if taken:
+                self._lock.release()
 
     def _order_form(self, plans: Plans, epoch: int, deadline: Deadline) -> Call:
         """To the members, whose answers count, and to the others. Raises as Dispatcher.submit."""

@@ -57,9 +57,12 @@ class Healer:
             timeout = None
         deadline = Deadline.after(timeout)
         self._require_open()
-        if not self._lock.acquire(timeout=deadline.slice(threading.TIMEOUT_MAX)):
-            raise StartError(f"another heal() of this group did not end within {timeout} s")
+        taken = False
         try:
+            # In C: no signal's handler comes before it is known.
+            [taken] = map(self._lock.acquire, (True,), (deadline.slice(threading.TIMEOUT_MAX),))
+            if not taken:
+                raise StartError(f"another heal() of this group did not end within {timeout} s")
             self._require_open()
             return self._heal(deadline)
         except Exception as exc:
@@ -67,7 +70,8 @@ class Healer:
                 raise closed_error() from exc
             raise
         finally:
-            self._lock.release()
+            if taken:
+                self._lock.release()
             with self._change:
                 self._change.notify_all()
 

@@ -44,8 +44,12 @@ class Orders:
 
     def send(self) -> None:
         """What there is room for by now. Where the queue is closed, the orders are dropped."""
-        while self.waiting and self._sending.acquire(blocking=False):
+        while self.waiting:
+            taken = False
             try:
+                [taken] = map(self._sending.acquire, (False,))  # in C: no signal's handler comes before it is known
+                if not taken:
+                    return
                 self._outbox.send(self.waiting[0], _AT_ONCE)
                 self.waiting.popleft()
             except (TimeoutError, RuntimeError):  # no room; or this is a __del__ inside of that very queue's send
@@ -55,4 +59,5 @@ class Orders:
             except IndexError:  # another thread was faster
                 return
             finally:
-                self._sending.release()
+                if taken:
+                    self._sending.release()

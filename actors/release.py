@@ -96,9 +96,12 @@ class Releaser:
             RpcTimeoutError: other threads are at it for longer than the call may take. What submit_order raises.
         """
         dispatcher = self._dispatcher
-        if not self._lock.acquire(timeout=-1 if deadline.at is None else deadline.slice(threading.TIMEOUT_MAX)):
-            raise RpcTimeoutError(f"no call was sent within {deadline.timeout} s: groups are being formed again")
+        taken = False
         try:
+            # In C: no signal's handler comes before it is known.
+            [taken] = map(self._lock.acquire, (True,), (deadline.slice(threading.TIMEOUT_MAX),))
+            if not taken:
+                raise RpcTimeoutError(f"no call was sent within {deadline.timeout} s: groups are being formed again")
             if dispatcher.before_call is None:
                 return  # somebody has done it meanwhile
             with dispatcher.callbacks_elsewhere():
@@ -113,7 +116,8 @@ class Releaser:
                 self._epoch += 1
                 self.order_reform([] if everything else names, self._epoch, dispatcher.alive, deadline)
         finally:
-            self._lock.release()
+            if taken:
+                self._lock.release()
 
     def new_epoch(self) -> int:
         """The number of a formation of all groups that the caller is about to order."""

@@ -199,10 +199,10 @@ class GroupRuntime:
 
         In a done-callback a second caller does not: the first may be waiting for that callback to end.
         """
-        if not self._close_lock.acquire(blocking=not _on_callback_thread()):
-            return
+        taken = False
         try:
-            if self.closed:
+            [taken] = map(self._close_lock.acquire, (not _on_callback_thread(),))  # in C: no handler comes in between
+            if not taken or self.closed:
                 return
             self.closed = True
             deadline = Deadline.after(timeout)
@@ -220,7 +220,8 @@ class GroupRuntime:
                 finally:
                     self._free()
         finally:
-            self._close_lock.release()
+            if taken:
+                self._close_lock.release()
 
     def _finish_calls(self, actors: Sequence[Any], deadline: Deadline) -> list[bool]:
         """Ask the workers to stop after the calls already sent; for each of `actors`, whether its loop has ended."""

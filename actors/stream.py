@@ -28,15 +28,17 @@ class RpcStream:
     is computing, RpcCancelledError is raised in it). Used by one thread or task at a time.
     """
 
+    _over = True  # while it is made
+
     def __init__(self, dispatcher: Dispatcher, call: StreamCall) -> None:
         self._dispatcher = dispatcher
         self._call = call
         self._taken: dict[int, int] = {}  # rank → items taken in all
         self._owed: set[int] = set()  # ranks that are to be told of it
-        self._over = False
         call.callbacks.append(partial(_stop_the_rest, dispatcher, call))  # not a method: `__del__` has to come
         if call.done:
             call.run_callbacks()
+        self._over = False
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         return self
@@ -51,15 +53,15 @@ class RpcStream:
         if self._over:
             raise StopIteration
         call = self._call
-        self._pay()
-        while not call.ready:
-            try:
+        try:
+            self._pay()
+            while not call.ready:
                 self._wait_once()
-            except BaseException:
-                self.close()
-                raise
-        if call.items:
-            return self._take()
+            if call.items:
+                return self._take()
+        except BaseException:  # Ctrl-C; its traceback may keep this object for long
+            self.close()
+            raise
         self._end()
         raise StopIteration
 

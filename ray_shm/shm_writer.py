@@ -1,8 +1,8 @@
 """Messages (lists of byte frames) into one ring for readers on the same node. No pickling, no waiting policy.
 
-Runs in the process that sends. A message stands in the ring if `max_chunks` of its size fit there. A larger one is written
-to a block of the arena (arena.py), and the ring carries where that is; so a message is published for all readers by one
-store, or not at all.
+Runs in the process that sends. A message stands in the ring if `max_chunks` of its size fit there. A larger one is
+written to a block of the arena (arena.py), and the ring carries where that is; so a message is published for all
+readers by one store, or not at all.
 
 Small messages are copied out by their readers, large ones are leased: what a reader unpickles lies in the block. Once
 leases take up half of `max_arena_bytes`, readers copy large messages out, too, so that one who keeps everything it
@@ -15,7 +15,7 @@ in a ring that is larger (a "tight" queue) every message is counted.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ray_shm import arena, futex, ring
@@ -40,20 +40,25 @@ class _InFlight:
     bytes: int  # of the message
 
 
-class _Books:
-    """``with books:`` around what changes lists and sums in several steps; after an exception the next one repairs."""
+class _Keeping:
+    """``with _Keeping(writer):`` around what changes its books in several steps.
 
-    def __init__(self, repair: Callable[[], None]) -> None:
-        self._repair = repair
-        self._broken = False
+    The books: its lists and sums. After an exception in here, the next one makes them anew first. Made for each use:
+    an attribute would make a cycle, and the memory of a closed queue would stay mapped until the next collection.
+    """
+
+    __slots__ = ("_writer",)
+
+    def __init__(self, writer: ShmWriter) -> None:
+        self._writer = writer
 
     def __enter__(self) -> None:
-        if self._broken:
-            self._repair()
-        self._broken = True
+        if self._writer.broken:
+            self._writer.recover()
+        self._writer.broken = True
 
     def __exit__(self, raised: object, *_: object) -> None:
-        self._broken = raised is not None
+        self._writer.broken = raised is not None
 
 
 class ShmWriter:
@@ -100,7 +105,7 @@ class ShmWriter:
         self._counted_bytes = 0
         self._leased: list[Block] = []  # read by all, and perhaps held by some
         self._prepared: Block | None = None
-        self._books = _Books(self._recover)
+        self.broken = False  # an exception came while the books were changed
         self.large = 0  # messages that went through the arena
         self._gone: set[int] = set()  # readers whose process is gone: their leases no longer count
         self.sharer = Sharer(self.ring, self._bound)  # of GPU memory
@@ -141,7 +146,7 @@ class ShmWriter:
         total = record_bytes(lengths)
         if total <= self.ring.largest and not self._counted and not self._tight:
             return self.ring.reserve(total) is not None
-        with self._books:
+        with _Keeping(self):
             if not self._within_bound(sum(lengths)):
                 return False
             if total <= self.ring.largest:
@@ -175,10 +180,10 @@ class ShmWriter:
         if total <= self.ring.largest:
             self._put(ring.INLINE, frames, frames, total)
             if self._tight:
-                with self._books:
+                with _Keeping(self):
                     self._count(None, sum(lengths))
             return
-        with self._books:
+        with _Keeping(self):
             self._send_block(frames, lengths)
 
     def _send_block(self, frames: Sequence[Buffer], lengths: Sequence[int]) -> None:
@@ -254,12 +259,12 @@ class ShmWriter:
         """Give back the memory of large messages that is long free; for when only small ones come."""
         self.sharer.trim()
         if self._arena.blocks:
-            with self._books:
+            with _Keeping(self):
                 self._note_read()
                 self._reclaim()
 
-    def _recover(self) -> None:
-        """From what stands in the blocks, after an exception that came at any time."""
+    def recover(self) -> None:
+        """Make the books anew from what stands in the blocks, after an exception that came at any time."""
         slowest, published = self.ring.slowest(), self.ring.published
         for block in self._arena.blocks:
             if block.end > published:
@@ -291,7 +296,7 @@ class ShmWriter:
 
     def holders(self) -> dict[int, tuple[int, int]]:
         """Reader position → (blocks, bytes) that it keeps from reuse, unread or leased."""
-        with self._books:
+        with _Keeping(self):
             self._note_read()
             self._reclaim()
         blocks: Counter[int] = Counter()

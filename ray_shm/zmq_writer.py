@@ -286,11 +286,14 @@ class ZmqWriter:
 
     def _glance(self) -> None:
         """Hear, from any thread, unless the owner is at it."""
-        if self._using.acquire(blocking=False):
-            try:  # not amid a message, in a signal handler: hearing may have to answer
-                if not (self._end.closed or self._torn) and self._hear():
-                    self._end.wake()  # the owner may be about to wait for what was just heard
-            finally:
+        taken = False
+        try:
+            [taken] = map(self._using.acquire, (False,))  # in C: no signal's handler comes before it is known
+            # Not amid a message, in a signal handler: hearing may have to answer.
+            if taken and not (self._end.closed or self._torn) and self._hear():
+                self._end.wake()  # the owner may be about to wait for what was just heard
+        finally:
+            if taken:
                 self._using.release()
 
     def _hear(self) -> bool:

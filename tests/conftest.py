@@ -7,6 +7,7 @@ import faulthandler
 import gc
 import os
 import signal
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -167,6 +168,17 @@ def gpu_queue(spare: list[Peer]) -> Iterator[MessageQueue]:
         yield made
         for peer in spare:
             peer.run(close)
+
+
+@pytest.fixture
+def lost(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[type[BaseException]]]:
+    """What `interrupted` raised where nobody gets it: in a callback, say of a lease."""
+    from interrupts import Interrupted
+
+    kinds: list[type[BaseException]] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda args: kinds.append(args.exc_type))
+    yield kinds
+    assert set(kinds) <= {Interrupted, ResourceWarning}  # the latter of a file that was just opened
 
 
 @pytest.fixture

@@ -1,20 +1,15 @@
-"""A signal's handler that raises at each step of a large message's way: nothing is lost for good, torn or used twice.
-
-Handlers run where a function is entered and where a C function has returned. There, a profile function raises.
-"""
+"""A signal's handler that raises at each step of a message's way: nothing is lost for good, torn or used twice."""
 
 from __future__ import annotations
 
 import gc
-import sys
-from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import pytest
 from hazard_checks import content, is_content
 from injection import HANG
+from interrupts import interrupted
 from queue_ends import Ends
 
 from ray_shm import arena, lease
@@ -25,41 +20,7 @@ KIB = 1 << 10
 LARGE = 300 * KIB  # leased
 STEPS = 2000  # a queue that needs more of them for one message is not what this is about
 
-pytestmark = pytest.mark.usefixtures("what_stays")
-
-
-class Interrupted(BaseException):
-    """As KeyboardInterrupt."""
-
-
-def interrupted(at: int, call: Callable[[], Any]) -> BaseException | None:
-    """Runs it, and raises at its step `at`; None: it has no such step, and has run."""
-    steps = 0
-
-    def profile(_frame: FrameType, event: str, _arg: object) -> None:
-        nonlocal steps
-        if event in ("call", "c_return"):
-            steps += 1
-            if steps == at + 1:  # not where this function itself is left
-                raise Interrupted
-
-    try:
-        sys.setprofile(profile)
-        call()
-    except Interrupted as exc:
-        return exc
-    finally:
-        sys.setprofile(None)
-    return None
-
-
-@pytest.fixture(autouse=True)
-def lost(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[type[BaseException]]]:
-    """What was raised where nobody gets it: in a lease's callback."""
-    kinds: list[type[BaseException]] = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda args: kinds.append(args.exc_type))
-    yield kinds
-    assert set(kinds) <= {Interrupted}
+pytestmark = pytest.mark.usefixtures("what_stays", "lost")
 
 
 class Numbered:
