@@ -63,8 +63,9 @@ class Credit:
     def acknowledge(self, count: int) -> None:
         """The reader has consumed `count` messages of the queue. What was never sent cannot be acknowledged."""
         while self.acknowledged < count and self._sizes:
-            self.acknowledged += 1
-            self.bytes -= self._sizes.popleft()
+            self.acknowledged += 1  # no call from here to the last one, in which a signal's handler might raise
+            self.bytes -= self._sizes[0]
+            self._sizes.popleft()
 
     def _read_unsaid(self) -> tuple[int, int]:
         """(messages, bytes) that may have been consumed without having asked the reader to say so."""

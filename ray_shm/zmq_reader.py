@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections import deque
 
 import zmq
 
@@ -47,8 +46,9 @@ class ZmqReader:
         self._said = 0  # of those, in an ACK
         self._frames: list[memoryview] | None = None  # of the message that is handed out
         self._asked = False  # it asks for an ACK
+        self._parts: list[zmq.Frame] = []  # received, and not yet looked at
         self._arriving: list[memoryview] = []  # frames of a message with pieces still to come
-        self._unfilled: deque[memoryview] = deque()  # what these pieces go into
+        self._unfilled: list[memoryview] = []  # what these pieces go into
         self.ready = False
         self.closed_by_writer = False
 
@@ -90,11 +90,11 @@ class ZmqReader:
             if self._fault is not None:
                 raise self._fault
             try:
-                parts = self._end.main.recv_multipart(zmq.NOBLOCK, copy=False)
+                zmq_socket.receive(self._end.main, self._parts)
             except zmq.Again:
                 self._acknowledge()  # all is read: the writer is to know how far this reader is
                 return None
-            self._take(parts)
+            self._take(self._parts)
         return self._frames
 
     def release(self) -> None:
@@ -118,6 +118,7 @@ class ZmqReader:
         self._end.abandon()
 
     def _take(self, parts: list[zmq.Frame]) -> None:
+        """Taken again from the start if a signal's handler broke it off: what changes does so at once, at an end."""
         try:
             if self._unfilled:
                 self._fill(parts)
@@ -138,22 +139,26 @@ class ZmqReader:
             self._fault = PeerLostError(
                 f"message {self._received} from {self._endpoint} did not arrive whole ({exc}): make a new queue"
             )
+        self._parts = []
 
     def _begin(self, parts: list[zmq.Frame]) -> None:
         head = Head.unpack(parts[0].bytes, len(parts))
         if head.sequence != self._received:
             raise zmq_wire.WireError(f"got message {head.sequence}")
+        frames = [memoryview(part.buffer) for part in parts[1:]]
+        unfilled = []
+        for index, length in head.large:
+            frames[index] = memoryview(bytearray(length))
+            unfilled.append(frames[index])
         self._received += 1
         self._asked = head.asks
         self.ready = True
-        frames = [memoryview(part.buffer) for part in parts[1:]]
-        for index, length in head.large:
-            frames[index] = memoryview(bytearray(length))
-            self._unfilled.append(frames[index])
-        if self._unfilled:
+        self._unfilled = unfilled
+        if unfilled:
             self._arriving = frames
         else:
             self._frames = frames
+        self._parts = []
 
     def _fill(self, parts: list[zmq.Frame]) -> None:
         target = self._unfilled[0]
@@ -161,12 +166,11 @@ class ZmqReader:
         if len(parts) != 1 or len(parts[0]) != len(piece):
             raise zmq_wire.WireError("a piece is missing")
         piece[:] = parts[0].buffer
-        if len(rest):
-            self._unfilled[0] = rest
-            return
-        self._unfilled.popleft()
-        if not self._unfilled:
+        unfilled = [rest, *self._unfilled[1:]] if len(rest) else self._unfilled[1:]
+        if not unfilled:
             self._frames, self._arriving = self._arriving, []
+        self._unfilled = unfilled
+        self._parts = []
 
     def _end_of_queue(self, part: bytes) -> None:
         sent = zmq_wire.unpack_count(part)
@@ -177,8 +181,9 @@ class ZmqReader:
 
     def _acknowledge(self) -> None:
         if self._said != self._consumed:
-            self._said = self._consumed
-            self._tell(zmq_wire.pack_count(zmq_wire.ACK, self._consumed))
+            consumed = self._consumed
+            self._tell(zmq_wire.pack_count(zmq_wire.ACK, consumed))
+            self._said = consumed  # second: said twice does no harm, and never would stop the writer
 
     def _tell(self, word: bytes) -> None:
         with contextlib.suppress(zmq.ZMQError):  # the connection is gone for good, and nobody left to be told

@@ -27,7 +27,7 @@ import struct
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import zmq
 
@@ -78,6 +78,20 @@ def open_socket(kind: int, ipv6: bool) -> Socket:
     for option, value in options.items():
         made.setsockopt(option, value)
     return made
+
+
+def receive(socket: Socket, parts: list[zmq.Frame]) -> None:
+    """Complete `parts`, the next message, without waiting.
+
+    What a signal's handler breaks off the next call goes on with: each part is taken and kept in one C call. Only in
+    pyzmq itself, just after it has taken one, a handler may still lose it.
+
+    Raises:
+        zmq.Again: nothing has come.
+    """
+    take: Any = socket.recv  # its overloads say more than map can match
+    while not parts or parts[-1].more:
+        parts.extend(map(take, (zmq.NOBLOCK,), (False,)))
 
 
 def readable(looked_at: Socket) -> bool:

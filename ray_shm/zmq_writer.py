@@ -92,6 +92,7 @@ class ZmqWriter:
         self._told_ready = False
         self._refused = 0
         self._using = threading.RLock()  # the socket; held while it is polled
+        self._word: list[zmq.Frame] = []  # received, and not yet listened to
         self._torn = False  # a message was sent to some readers and not to others
         public, secret = zmq.curve_keypair()
         router = zmq_socket.open_socket(zmq.ROUTER, ":" in ip)
@@ -299,16 +300,20 @@ class ZmqWriter:
     def _hear(self) -> bool:
         """Take in all that readers have said and what became of connections. Whether there was anything."""
         heard = 0
-        while zmq_socket.readable(self._socket):
+        while self._word or zmq_socket.readable(self._socket):
+            parts = self._word  # a signal's handler that looks at this queue meanwhile may deal with it, too
             try:
-                identity = self._socket.recv(zmq.NOBLOCK)
-                peer = self._peers.get(identity)
-                if peer is None:
-                    self._welcome(identity, self._socket.recv_multipart(zmq.NOBLOCK, copy=False)[0])
-                else:
-                    self._listen(peer, self._socket.recv_multipart(zmq.NOBLOCK)[0])
-            except zmq.Again:  # after an exception amid a word, its rest is taken for a whole one
+                zmq_socket.receive(self._socket, parts)
+            except zmq.Again:
                 break
+            identity, word = parts[0].bytes, parts[1]
+            peer = self._peers.get(identity)
+            if peer is not None:
+                self._listen(peer, word.bytes)
+            if self._word is parts:
+                self._word = []
+            if peer is None:
+                self._welcome(identity, word)
             heard += 1
         return self._watch() + heard > 0
 

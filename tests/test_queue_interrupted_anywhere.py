@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from interrupts import interrupted
 from queue_ends import Ends
 
 from ray_shm import arena, lease
+from ray_shm.message_queue import MessageQueue
 from ray_shm.ring import LEASES
 from ray_shm.shm_writer import ShmWriter
 
@@ -163,3 +165,36 @@ def test_a_lease_whose_end_is_interrupted_anywhere(lost: list[type[BaseException
             if broken is None and len(lost) == seen:
                 break
         assert 20 < at < STEPS - 1
+
+
+def ends_between_nodes() -> tuple[MessageQueue, MessageQueue]:
+    writer = MessageQueue(1, 0)
+    reader = MessageQueue.create_from_handle(writer.export_handle(), 0)
+    others = threading.Thread(target=reader.wait_until_ready, args=(HANG,))
+    others.start()
+    writer.wait_until_ready(HANG)
+    others.join()
+    return writer, reader
+
+
+@pytest.mark.parametrize("size", [50, LARGE])
+def test_a_dequeue_between_nodes_that_is_interrupted_anywhere(size: int) -> None:
+    writer, reader = ends_between_nodes()
+    with writer, reader:
+        number = lost = 0
+        for at in range(STEPS):
+            writer.enqueue((number, content(number, size)), HANG)
+            broken = interrupted(at, lambda: reader.dequeue(HANG)) is not None
+            writer.enqueue((number + 1, content(number + 1, size)), HANG)
+            got = [reader.dequeue(HANG)]
+            if broken and got[0][0] == number:
+                got.append(reader.dequeue(HANG))
+            else:
+                lost += broken  # while it was unpickled
+            assert got[-1][0] == number + 1
+            assert all(is_content(data, k, size) for k, data in got)
+            number += 2
+            if not broken:
+                break
+        assert 15 < at < STEPS - 1
+        assert lost < at / 2
