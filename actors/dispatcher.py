@@ -131,10 +131,9 @@ class Dispatcher(Replies):
         )
         try:
             self._send(call, frames, deadline)
-        except Exception:  # it was not sent
-            raise
-        except BaseException:  # Ctrl-C: nobody will take the items, and without that its generators wait for ever
-            self.abandon(call, cancelled_error(call))
+        except BaseException as exc:
+            if not isinstance(exc, Exception):  # Ctrl-C: nobody takes the items, and its generators would wait for ever
+                self.abandon(call, cancelled_error(call))
             raise
         return call
 
@@ -362,11 +361,17 @@ class Dispatcher(Replies):
         """Called while a full request queue is awaited, too: without callbacks, which could send through it."""
         if self._closed:
             raise closed_error()
-        if self.lead.take():
-            try:
-                self.drain()
-            finally:
+        mine = self.lead.is_mine()
+        try:
+            if self.lead.take():
+                try:
+                    self.drain()
+                finally:
+                    self.lead.give()
+        except BaseException:
+            if not mine and self.lead.is_mine():  # Ctrl-C, on the way into the lead, or out of it
                 self.lead.give()
+            raise
 
     def run_callbacks_elsewhere(self) -> None:
         silent = CallOptions(slow_call_warning=None)

@@ -206,16 +206,18 @@ class GroupRuntime:
                 return
             self.closed = True
             deadline = Deadline.after(timeout)
-            self.dispatcher.refuse_calls()
-            if self.healer is not None:
-                self.healer.stop(deadline)
-            self._stop_watching()  # from here on the workers' ends are expected
-            actors = list(self.actors)  # a heal that has not ended in time takes back what it adds to them
-            ended = [False] * len(actors)
+            actors, ended = list(self.actors), [False] * len(self.actors)
             try:
+                self.dispatcher.refuse_calls()
+                if self.healer is not None:
+                    self.healer.stop(deadline)
+                self._stop_watching()  # from here on the workers' ends are expected
+                actors = list(self.actors)  # a heal that has not ended in time takes back what it adds to them
+                ended = [False] * len(actors)
                 ended = self._finish_calls(actors, deadline)
             finally:  # also on Ctrl-C
                 try:
+                    self._stop_watching()
                     termination.end(actors, self._local_pids(actors), ended, deadline)
                 finally:
                     self._free()

@@ -59,6 +59,7 @@ class Block:
     backed: bool = False  # has memory, perhaps
     end: int = UNSENT  # ring position behind the record that names it
     nbytes: int = 0  # of the message
+    filling: bool = False  # somebody writes to it at this moment
     lease: int = -1  # index of the lease words; -1: readers copy out
     generation: int = 0
     free_since: float = 0.0
@@ -91,6 +92,7 @@ class Arena:
         self.cap = cap
         self.reserved = 0  # bytes of memory in blocks, free ones included
         self.blocks: list[Block] = []  # all there ever were
+        self.closed = False
         self._free: list[Block] = []
         self._hollow: list[Block] = []
 
@@ -186,9 +188,11 @@ class Arena:
             self._give_back(block)
 
     def close(self) -> None:
-        """Unmap all. The memory goes with the last descriptor and mapping."""
+        """Unmap all, but for a block that is being filled. The memory goes with the last descriptor and mapping."""
+        self.closed = True
         for block in self.blocks:
-            self._unmap(block)
+            if not block.filling:
+                self._unmap(block)
 
 
 def _best(blocks: Sequence[Block], size: int) -> Block | None:
@@ -219,49 +223,68 @@ def contents(view: memoryview) -> list[memoryview]:
 
 
 class _Copy:
-    """One copy in parts by several threads. None of them reaches into the target once `run` has ended, however."""
+    """One copy in parts by several threads. None of them reaches into the target once `run` has ended, however.
+
+    Signals' handlers run in the main thread, so only the pool's threads change what is counted. No Condition: its
+    methods are Python, in which a handler may raise and leave its lock taken.
+    """
 
     def __init__(self, target: memoryview, source: Buffer, n_parts: int) -> None:
         self._to, self._of = np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8)
         self._part = -(-len(self._to) // n_parts // _ALIGN) * _ALIGN
         self._starts = deque(range(0, len(self._to), self._part))
-        self._running = 0
-        self._changed = threading.Condition()
+        self._running = 0  # threads of the pool that copy a part at this moment
+        self._lock = threading.Lock()
+        self._over = threading.Lock()  # taken; given back whenever the last of them is through
+        self._over.acquire()
 
     def run(self, pool: ThreadPoolExecutor) -> None:
         try:
-            for _ in range(len(self._starts) - 1):
-                pool.submit(self._work)
-        except RuntimeError:  # the interpreter is on its way out
-            pass
-        try:
-            self._work()
+            with contextlib.suppress(RuntimeError):  # the interpreter is on its way out
+                for _ in range(len(self._starts) - 1):
+                    pool.submit(self._help)
+            while self._starts:
+                with contextlib.suppress(IndexError):  # another thread was faster
+                    self._copy(self._starts.popleft())
             self._await()
         except BaseException:  # Ctrl-C: the memory will be used again
-            self._starts.clear()
-            while self._running:
-                with contextlib.suppress(BaseException):  # another Ctrl-C
+            while True:
+                try:
+                    with self._lock:
+                        self._starts.clear()
                     self._await()
+                    break
+                except BaseException:  # another Ctrl-C
+                    continue
             raise
 
-    def _work(self) -> None:
+    def _help(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 if not self._starts:
                     return
-                at = self._starts.popleft()
+                try:
+                    at = self._starts.popleft()
+                except IndexError:  # the calling thread was faster
+                    return
                 self._running += 1
             try:
-                np.copyto(self._to[at : at + self._part], self._of[at : at + self._part])
+                self._copy(at)
             finally:
-                with self._changed:
+                with self._lock:
                     self._running -= 1
-                    self._changed.notify_all()
+                    if not self._running and self._over.locked():
+                        self._over.release()
+
+    def _copy(self, at: int) -> None:
+        np.copyto(self._to[at : at + self._part], self._of[at : at + self._part])
 
     def _await(self) -> None:
-        with self._changed:
-            while self._running:
-                self._changed.wait()
+        while True:
+            with self._lock:  # else one that has just taken a part would not be seen
+                if not self._running:
+                    return
+            self._over.acquire()
 
 
 _pool: ThreadPoolExecutor | None = None

@@ -26,9 +26,11 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from ray_shm.errors import QueueClosedError
 from ray_shm.windows import Window, drop_all_pages, drop_own_pages, own_pages
 
 _live: dict[int, Lease] = {}  # by id: a weak reference hashes as what it refers to
+_TAKING = -1  # in place of an id, among those that hold a window
 _pagemap = -1  # descriptor of /proc/self/pagemap
 
 
@@ -72,16 +74,19 @@ class Leases:
         long as the newest.
         """
         window = self.window(*key)
-        if index >= 0:
-            self._words[index] = generation  # before the cursor is stored
+        window.holders.add(_TAKING)
+        if self._closed:  # by a signal's handler, perhaps before the window had a holder
+            raise QueueClosedError("this end of the queue was closed in this process; make a new queue")
         block = (ctypes.c_char * nbytes).from_address(window.address)
         lease = Lease(block, _returned)
         lease.owner, lease.key, lease.window, lease.nbytes, lease.index = self, key, window, nbytes, index
         lease.again = weakref.ref(block, functools.partial(_finish, id(lease)))
         if index >= 0:
-            self._newest[index] = id(lease)
+            self._newest[index] = id(lease)  # first: an older one that ends now leaves the word alone
+            self._words[index] = generation  # before the cursor is stored
         _live[id(lease)] = lease  # a signal may break this off before here or after: `returned` undoes the rest
         window.holders.add(id(lease))
+        window.holders.discard(_TAKING)
         return memoryview(block).cast("B")
 
     def returned(self, lease: Lease) -> None:

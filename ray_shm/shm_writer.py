@@ -194,7 +194,13 @@ class ShmWriter:
         self._lease(block, used)
         if futex.fence is not None:
             futex.fence()  # SYNC POINT: cursors before reuse
-        arena.fill(block, frames, lengths)
+        block.filling = True
+        try:
+            arena.fill(block, frames, lengths)
+        finally:
+            block.filling = False
+            if self._arena.closed:  # by a signal's handler, which left this block to its user
+                self._arena.close()
         where = arena.WHERE.pack(block.offset, block.size, used, block.lease, block.generation)
         block.nbytes = sum(lengths)
         self._put(ring.LARGE, [where], frames, _WHERE_RECORD, block)

@@ -157,16 +157,27 @@ class Monitor:
         endpoint = f"inproc://ray_shm-monitor-{secrets.token_hex(8)}"
         watched.monitor(endpoint, events)
         self._watched = watched
+        self._parts: list[zmq.Frame] = []  # of an event that is not dealt with yet
         self.socket = watched.context.socket(zmq.PAIR)
         self.socket.setsockopt(zmq.RCVHWM, 0)  # else zmq's I/O thread, which all queues share, blocks on a full pipe
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.connect(endpoint)
 
     def events(self) -> Iterator[tuple[int, int]]:
-        """(kind, descriptor of the connection) of what has happened since the last call."""
-        while not self.socket.closed and readable(self.socket):
-            event, *_ = self.socket.recv_multipart()
-            yield _EVENT.unpack(event)
+        """(kind, descriptor of the connection) of what has happened since the last call.
+
+        One whose user is interrupted comes again.
+        """
+        while not self.socket.closed and (self._parts or readable(self.socket)):
+            parts = self._parts
+            try:
+                receive(self.socket, parts)
+            except zmq.Again:
+                return
+            if len(parts[0]) == _EVENT.size:  # else a part was lost, see `receive`
+                yield _EVENT.unpack(parts[0].bytes)
+            if self._parts is parts:
+                self._parts = []
 
     def close(self) -> None:
         for _ in self.events():

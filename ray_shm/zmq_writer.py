@@ -306,20 +306,19 @@ class ZmqWriter:
                 zmq_socket.receive(self._socket, parts)
             except zmq.Again:
                 break
-            identity, word = parts[0].bytes, parts[1]
-            peer = self._peers.get(identity)
-            if peer is not None:
-                self._listen(peer, word.bytes)
+            if len(parts) > 1:  # else a part was lost, see zmq_socket.receive
+                self._listen(parts[0].bytes, parts[1])
             if self._word is parts:
                 self._word = []
-            if peer is None:
-                self._welcome(identity, word)
             heard += 1
         return self._watch() + heard > 0
 
-    @staticmethod
-    def _listen(peer: _Peer, word: bytes) -> None:
-        if word[:1] == zmq_wire.BYE:
+    def _listen(self, identity: bytes, part: zmq.Frame) -> None:
+        """Heard again from the start where a signal's handler broke it off."""
+        peer, word = self._peers.get(identity), part.bytes
+        if peer is None or word[:1] in (zmq_wire.HELLO, zmq_wire.LIFELINE):
+            self._welcome(identity, part)
+        elif word[:1] == zmq_wire.BYE:
             peer.left = True
         elif word[:1] == zmq_wire.ACK:
             with contextlib.suppress(zmq_wire.WireError):
@@ -327,18 +326,22 @@ class ZmqWriter:
 
     def _watch(self) -> int:
         """Bring the table of connections up to date; how many came or went."""
-        events = list(self._end.monitor.events())
-        for event, descriptor in events:
+        count = 0
+        for event, descriptor in self._end.monitor.events():
+            count += 1
             if event == zmq.EVENT_ACCEPTED:
                 self._connections.setdefault(descriptor, None)
             elif descriptor in self._connections:
-                peer = self._connections.pop(descriptor)
+                peer = self._connections[descriptor]
+                if peer is not None:
+                    peer.lost = True  # first: after an exception the event comes again, but not the connection
+                self._connections.pop(descriptor, None)
                 if peer is not None:
                     self._lose(peer)
                 else:
                     self._turn_away(descriptor)
                 self._strangers.discard(descriptor)
-        return len(events)
+        return count
 
     def _lose(self, peer: _Peer) -> None:
         peer.lost = True
@@ -381,10 +384,10 @@ class ZmqWriter:
             self._peers[identity] = peer
         self._connections[descriptor] = peer  # which shares its fate
         if peer.complete and peer.rank in self._absent:
-            self._absent.discard(peer.rank)
             self._deliver([zmq_wire.pack_count(zmq_wire.START, self._sent)], [peer])
             if self._told_ready:
                 self._deliver([zmq_wire.READY], [peer])
+            self._absent.discard(peer.rank)  # last, as nothing is sent before
 
     def _reason_to_refuse(self, hello: Hello, holder: _Peer | None) -> str:
         if hello.rank not in self._ranks:

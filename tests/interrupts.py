@@ -1,6 +1,7 @@
 """A signal's handler that raises at a chosen step of a call.
 
-Python runs handlers where a function is entered and where a C function has returned. There, a profile function raises.
+Python runs handlers where a function is entered, where a C function has returned and where a loop goes round. At the
+first two a profile function can raise; it does not hear of calls of classes and of ctypes.
 """
 
 from __future__ import annotations

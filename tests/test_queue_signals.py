@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import random
@@ -10,6 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import hazard_checks as checks
@@ -155,6 +158,73 @@ def test_an_interrupted_copy_does_not_reach_into_the_next_message(
         assert is_content(ends.readers[0].dequeue(HANG), 2, (8 << 20) - 9000), "part of another message is in it"
 
 
+def test_a_copy_that_is_interrupted_while_it_is_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C comes when a thread has its part already."""
+    copy, begun, late = np.copyto, threading.Event(), []
+
+    def slow_elsewhere(to: Any, of: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            begun.set()
+            time.sleep(0.3)
+            late.append(time.monotonic())
+        copy(to, of)
+
+    def submit_and_raise(self: Any, work: Callable[[], None]) -> None:
+        submit(self, work)
+        assert begun.wait(HANG)
+        raise Interrupted
+
+    submit = ThreadPoolExecutor.submit
+    with Ends(max_chunk_bytes=1 << 24) as ends:
+        monkeypatch.setattr(arena.np, "copyto", slow_elsewhere)
+        monkeypatch.setattr(ThreadPoolExecutor, "submit", submit_and_raise)
+        with pytest.raises(Interrupted):
+            ends.writer.enqueue(content(1, 9 << 20))
+        assert late, "the interrupted enqueue ended before its threads did"
+        monkeypatch.undo()
+        ends.writer.enqueue(content(2, 9 << 20))
+        assert is_content(ends.readers[0].dequeue(HANG), 2, 9 << 20)
+
+
+def close_amid(me: Me, inside: str) -> str:
+    """A handler that closes this end, and raises nothing, runs amid a large message."""
+    reader = MessageQueue.create_from_handle(me.queue.export_handle(), 0)
+    me.queue.wait_until_ready(HANG)
+    if inside == "fill":
+        layout = arena.layout
+
+        def layout_and_close(lengths: Any) -> Any:
+            if sys._getframe(1).f_code.co_name == "fill":
+                me.queue.close()
+            return layout(lengths)
+
+        arena.layout = layout_and_close  # type: ignore[assignment]
+    else:
+        me.queue.enqueue(content(1, 1 << 20))
+        window = lease.Leases.window
+
+        def window_and_close(self: lease.Leases, *args: int) -> Any:
+            found = window(self, *args)
+            reader.close()
+            return found
+
+        lease.Leases.window = window_and_close  # type: ignore[method-assign]
+    try:
+        return checks.outcome(
+            lambda: me.queue.enqueue(content(1, 1 << 20)) if inside == "fill" else len(reader.dequeue(HANG))
+        )
+    finally:
+        reader.close()
+        me.queue.close()
+
+
+@pytest.mark.parametrize("inside", ["fill", "window"])
+def test_close_in_a_signal_handler_amid_a_large_message(peer: Peer, inside: str) -> None:
+    peer.run(make_bounded, {"max_chunk_bytes": 1 << 22, "max_chunks": 6})
+    peer.start(close_amid, inside)
+    assert result_within(peer, HANG)  # it lives
+
+
 def storm_writer(me: Me, count: int, seed: int) -> list[int]:
     """Sends under a storm of interrupts; returns what was surely sent."""
     rng = random.Random(seed)
@@ -269,6 +339,32 @@ def test_a_message_taken_again_after_an_interrupt_is_held(monkeypatch: pytest.Mo
         assert is_content(received, 1, 1 << 20), "another message came into its memory"
         del received
         assert ends.writer._writer._shm.holders() == {}  # type: ignore[union-attr]
+
+
+def test_an_older_lease_that_ends_while_a_message_is_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The traceback of Ctrl-C is garbage, and is collected just then."""
+
+    def partial_after_a_collection(*args: Any) -> Any:
+        gc.collect()
+        return functools.partial(*args)
+
+    with Ends(max_chunk_bytes=1 << 24) as ends:
+        ends.writer.enqueue(content(1, 1 << 20))
+        with monkeypatch.context() as patch:
+            patch.setattr(arena, "contents", interrupt_once(arena.contents))
+            try:
+                ends.readers[0].dequeue(HANG)
+            except Interrupted as exc:
+                garbage: list[Any] = [exc.with_traceback(exc.__traceback__)]
+                garbage.append(garbage)
+        del garbage
+        with monkeypatch.context() as patch:
+            patch.setattr(lease, "functools", SimpleNamespace(partial=partial_after_a_collection))
+            received = ends.readers[0].dequeue(HANG)
+        for k in range(2, 5):
+            ends.writer.enqueue(content(k, 1 << 20))
+            assert is_content(ends.readers[0].dequeue(HANG), k, 1 << 20)
+        assert is_content(received, 1, 1 << 20), "another message came into its memory"
 
 
 def test_a_writer_interrupted_before_it_wakes(monkeypatch: pytest.MonkeyPatch) -> None:
