@@ -385,16 +385,16 @@ def test_a_streams_timeout_is_for_all_of_it(group):
 
 
 def test_status_shows_ranks_that_are_stuck_in_c(group):
-    future = group.collective_rpc("hold_the_interpreter", args=(0.7,), non_block=True, target_ranks=[1])
+    future = group.collective_rpc("hold_the_interpreter", args=(3.0,), non_block=True, target_ranks=[1])
     until(lambda: group.status(timeout=0)[1].state in ("running", "silent"))
+    until(lambda: [row.state for row in group.status(timeout=0.05)][::2] == ["idle", "idle"])
     rows = group.status(timeout=0.05)
-    assert [row.state for row in rows][::2] == ["idle", "idle"]
     assert rows[1].state in ("running", "silent")  # silent: on another node nobody else can tell
     if group.workers[1].transport == "shm":
         assert (rows[1].method, rows[1].pid) == ("hold_the_interpreter", group.workers[1].pid)
         assert "hold_the_interpreter" in str(rows)
         assert "hold_the_interpreter" in rows._repr_html_()
-    stacks = group.stacks([1], timeout=0.05)
+    stacks = group.stacks([1], timeout=0.5)
     assert "in hold_the_interpreter" in stacks[1]
     assert "=== rank 1 ===" in str(stacks)
     assert future.result() == ["held"]
