@@ -25,6 +25,7 @@ from ray_shm.actors.release import Releaser, log_failures
 from ray_shm.actors.spec import WORLD, Dissolve, Form, GroupPlan, Groups, Plans, require_groups
 from ray_shm.deadline import Deadline
 from ray_shm.errors import GroupClosedError, RayShmError, RpcError, RpcTimeoutError, WorkerDiedError
+from ray_shm.locks import acquired
 
 logger = logging.getLogger("ray_shm")
 
@@ -136,8 +137,7 @@ class GroupDirectory:
         """Raises RpcTimeoutError: another thread's order finds no room. GroupClosedError."""
         taken = False
         try:
-            # In C: no signal's handler comes before it is known.
-            [taken] = map(self._lock.acquire, (True,), (deadline.slice(threading.TIMEOUT_MAX),))
+            taken = acquired(self._lock, True, deadline.slice(threading.TIMEOUT_MAX))
             if not taken:
                 raise RpcTimeoutError(f"no order was sent within {deadline.timeout} s: other orders are being sent")
             if self._dispatcher.refusing:

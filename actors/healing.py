@@ -22,6 +22,7 @@ from ray_shm.actors.recruiting import Lines, Recruit, Recruiter, attach_replies
 from ray_shm.actors.spec import Started
 from ray_shm.deadline import Deadline
 from ray_shm.errors import GroupClosedError, StartError, WorkerDiedError
+from ray_shm.locks import acquired
 from ray_shm.placement import devices
 from ray_shm.placement.topology import RankPlace
 from ray_shm.segment import pid_space
@@ -59,8 +60,7 @@ class Healer:
         self._require_open()
         taken = False
         try:
-            # In C: no signal's handler comes before it is known.
-            [taken] = map(self._lock.acquire, (True,), (deadline.slice(threading.TIMEOUT_MAX),))
+            taken = acquired(self._lock, True, deadline.slice(threading.TIMEOUT_MAX))
             if not taken:
                 raise StartError(f"another heal() of this group did not end within {timeout} s")
             self._require_open()

@@ -12,6 +12,7 @@ from collections import deque
 from ray_shm.actors.outbox import Outbox
 from ray_shm.deadline import Deadline
 from ray_shm.errors import PeerLostError, QueueClosedError
+from ray_shm.locks import acquired
 from ray_shm.ring import Buffer
 
 _MOST = 10_000
@@ -47,7 +48,7 @@ class Orders:
         while self.waiting:
             taken = False
             try:
-                [taken] = map(self._sending.acquire, (False,))  # in C: no signal's handler comes before it is known
+                taken = acquired(self._sending, False)
                 if not taken:
                     return
                 self._outbox.send(self.waiting[0], _AT_ONCE)

@@ -22,6 +22,7 @@ from ray_shm.actors.dispatcher import Dispatcher
 from ray_shm.actors.spec import Plans, Reform
 from ray_shm.deadline import Deadline
 from ray_shm.errors import RayShmError, RpcCancelledError, RpcError, RpcTimeoutError
+from ray_shm.locks import acquired
 
 logger = logging.getLogger("ray_shm")
 
@@ -98,8 +99,7 @@ class Releaser:
         dispatcher = self._dispatcher
         taken = False
         try:
-            # In C: no signal's handler comes before it is known.
-            [taken] = map(self._lock.acquire, (True,), (deadline.slice(threading.TIMEOUT_MAX),))
+            taken = acquired(self._lock, True, deadline.slice(threading.TIMEOUT_MAX))
             if not taken:
                 raise RpcTimeoutError(f"no call was sent within {deadline.timeout} s: groups are being formed again")
             if dispatcher.before_call is None:

@@ -31,6 +31,7 @@ from ray_shm.actors.supervision import DeathWatch
 from ray_shm.actors.worker import ping
 from ray_shm.deadline import Deadline
 from ray_shm.errors import RayShmError, StartError, WorkerDiedError
+from ray_shm.locks import acquired
 from ray_shm.placement.bundles import Reservation
 from ray_shm.queue_reader import QueueReader
 from ray_shm.queue_writer import QueueWriter
@@ -201,7 +202,7 @@ class GroupRuntime:
         """
         taken = False
         try:
-            [taken] = map(self._close_lock.acquire, (not _on_callback_thread(),))  # in C: no handler comes in between
+            taken = acquired(self._close_lock, not _on_callback_thread())
             if not taken or self.closed:
                 return
             self.closed = True

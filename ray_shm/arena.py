@@ -261,11 +261,9 @@ class _Copy:
     def _help(self) -> None:
         while True:
             with self._lock:
-                if not self._starts:
-                    return
                 try:
                     at = self._starts.popleft()
-                except IndexError:  # the calling thread was faster
+                except IndexError:  # none is left
                     return
                 self._running += 1
             try:

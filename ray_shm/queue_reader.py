@@ -8,7 +8,7 @@ import secrets
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from ray_shm import death_watch, lease, ring
 from ray_shm.deadline import Deadline
@@ -150,17 +150,7 @@ class QueueReader(QueueEnd):
         Raises:
             TimeoutError: nothing came; the queue stays usable. Others as `await_message`, and what `consume` raises.
         """
-        lock = self._lock  # a forked child gets another one
-        try:
-            if not lock.acquire(False) and not self._acquire(deadline):
-                self._require_open()
-                raise TimeoutError(self._nothing_text(deadline))  # another thread waits for a message
-            if self._reading:
-                self._refuse_nested(lock)
-            self._reading = True
-        except BaseException:
-            self._let_go(lock, self._reading)
-            raise
+        lock = self._begin_reading(deadline)
         try:
             shm = self.shm
             frames = shm.peek() if shm is not None else None
@@ -183,17 +173,7 @@ class QueueReader(QueueEnd):
     @contextlib.contextmanager
     def message(self, deadline: Deadline, cancel: threading.Event | None = None) -> Iterator[list[memoryview]]:
         """The next message's frames, valid inside the `with`; consumed when it ends. Raises as `receive`."""
-        lock = self._lock
-        try:
-            if not self._acquire(deadline):
-                self._require_open()
-                raise TimeoutError(self._nothing_text(deadline))
-            if self._reading:
-                self._refuse_nested(lock)
-            self._reading = True
-        except BaseException:
-            self._let_go(lock, self._reading)
-            raise
+        lock = self._begin_reading(deadline)
         try:
             frames = self._await_frames(deadline, cancel)
             try:
@@ -205,11 +185,22 @@ class QueueReader(QueueEnd):
             self._reading = False
             lock.release()
 
-    def _refuse_nested(self, lock: threading.RLock) -> NoReturn:
-        """The same thread reads: inside of acquire_read, while unpickling, or in a signal handler."""
-        lock.release()
-        self._require_open()
-        raise RuntimeError("a message of the same queue is being read in this thread; nothing was taken")
+    def _begin_reading(self, deadline: Deadline) -> threading.RLock:
+        """Take the lock, which is returned: a forked child gets another one. Raises as `receive`."""
+        lock = self._lock
+        try:
+            if not lock.acquire(False) and not self._acquire(deadline):
+                self._require_open()
+                raise TimeoutError(self._nothing_text(deadline))  # another thread waits for a message
+            if self._reading:  # the same thread: inside of acquire_read, while unpickling, or in a signal handler
+                lock.release()
+                self._require_open()
+                raise RuntimeError("a message of the same queue is being read in this thread; nothing was taken")
+            self._reading = True
+        except BaseException:
+            self._let_go(lock, self._reading)
+            raise
+        return lock
 
     def stats(self) -> QueueStats:
         """Counters of this end; the leases are those of this process."""

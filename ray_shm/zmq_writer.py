@@ -23,6 +23,7 @@ import zmq
 from ray_shm import zmq_socket, zmq_wire
 from ray_shm.errors import PeerLostError, StartError
 from ray_shm.handle import ZmqAddress
+from ray_shm.locks import acquired
 from ray_shm.ring import Buffer
 from ray_shm.zmq_credit import Credit, Terms
 from ray_shm.zmq_socket import LINGER, Endpoint, Socket
@@ -289,7 +290,7 @@ class ZmqWriter:
         """Hear, from any thread, unless the owner is at it."""
         taken = False
         try:
-            [taken] = map(self._using.acquire, (False,))  # in C: no signal's handler comes before it is known
+            taken = acquired(self._using, False)
             # Not amid a message, in a signal handler: hearing may have to answer.
             if taken and not (self._end.closed or self._torn) and self._hear():
                 self._end.wake()  # the owner may be about to wait for what was just heard
