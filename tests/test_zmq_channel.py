@@ -8,14 +8,17 @@ import gc
 import os
 import random
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
+from typing import Any
 
 import pytest
+from interrupts import Interrupted
 from reader_pool import WATCHDOG, Me, Peer
 from zmq_ends import BOUND, LOCALHOST, MakeChannel, has_room, peek, send, take, wait, wait_for_error, wait_heard
 
@@ -383,3 +386,33 @@ def test_a_forked_child_does_not_hide_the_death_of_its_parent(make_peer: Callabl
         os.kill(child, signal.SIGKILL)
         peer.kill()
         writer.close()
+
+
+def test_a_hello_whose_hearing_was_interrupted_is_heard_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = ZmqWriter([0], BOUND, LOCALHOST)
+    reader = ZmqReader(writer.address, 0, os.getpid())
+    with contextlib.closing(writer), contextlib.closing(reader):
+        refuse, left = ZmqWriter._reason_to_refuse, [1]
+
+        def interrupted_once(self: ZmqWriter, *args: Any) -> str:
+            if left:
+                left.pop()
+                raise Interrupted
+            return refuse(self, *args)
+
+        monkeypatch.setattr(ZmqWriter, "_reason_to_refuse", interrupted_once)
+        with pytest.raises(Interrupted):
+            wait_heard(lambda: not writer.missing(), writer)
+        wait_heard(lambda: not writer.missing(), writer)
+
+
+def test_an_event_whose_user_was_interrupted_comes_again() -> None:
+    writer = ZmqWriter([0], BOUND, LOCALHOST)
+    monitor = writer._end.monitor
+    port = int(writer.address.endpoint.rpartition(":")[2])
+    with contextlib.closing(writer), socket.create_connection((LOCALHOST, port)):
+        assert monitor.socket.poll(1000 * WATCHDOG)
+        events = monitor.events()
+        first = next(events)
+        events.close()  # as an exception at its user does
+        assert next(monitor.events()) == first
