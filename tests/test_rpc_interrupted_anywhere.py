@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
-from interrupts import interrupted
+from injection import wait_for
+from interrupts import Interrupted, interrupted
 
 import ray_shm
 from ray_shm import ActorGroup
@@ -87,3 +89,16 @@ def test_a_group_answers_after_an_interrupt_anywhere(
         if not where:
             break
     assert 50 < at < STEPS - stride
+
+
+def test_a_close_that_is_interrupted_before_it_has_begun_ends_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = ray_shm.launch(Worker, num_workers=1)
+    [pid] = [worker.pid for worker in group.workers]
+
+    def refuse() -> None:
+        raise Interrupted
+
+    monkeypatch.setattr(group._runtime.dispatcher, "refuse_calls", refuse)
+    with pytest.raises(Interrupted):
+        group.close()
+    wait_for(lambda: not psutil.pid_exists(pid), "the worker has ended")
