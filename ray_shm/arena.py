@@ -168,9 +168,13 @@ class Arena:
         self._hollow.append(block)
 
     def _unmap(self, block: Block) -> None:
-        window, block.window = block.window, None  # first: nobody is to write to what is not mapped
+        window = block.window
         if window is not None:
-            window.unmap()
+            try:
+                window.unmap()
+            finally:
+                if not window.address:  # nobody is to write to what is not mapped
+                    block.window = None
 
     def recover(self) -> None:
         """After an exception that came at any time: free what no record names. The owner has looked at `end`."""

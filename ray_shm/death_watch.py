@@ -67,7 +67,7 @@ def _end(entry: _Watch) -> None:
         if _watches.get(entry.pidfd) is entry:
             del _watches[entry.pidfd]
             os.close(entry.pidfd)
-            _notify()
+        _notify()  # also again: a signal's handler may have come in between
 
 
 def _notify() -> None:

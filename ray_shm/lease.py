@@ -112,14 +112,18 @@ class Leases:
         for key, window in list(self._windows.items()):
             if not window.holders:
                 self._unmap(key)
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        fd, self._fd = self._fd, -1
+        if fd >= 0:  # no signal's handler comes in between
+            os.close(fd)
 
     def _unmap(self, key: tuple[int, int]) -> None:
-        window = self._windows.pop(key, None)
+        window = self._windows.get(key)
         if window is not None:
-            window.unmap()
+            try:
+                window.unmap()
+            finally:
+                if not window.address:
+                    self._windows.pop(key, None)
 
 
 def held() -> tuple[int, int]:

@@ -199,6 +199,7 @@ class _Ends:
         finally:
             with self.changed:
                 self.closing = [end for end in self.closing if end not in ends]
+                self.open += [end for end in ends if end.unfreed]  # a signal's handler broke it off
                 self.changed.notify_all()
         with self.changed:
             while self.closing and not any(end.is_used_here for end in self.closing):

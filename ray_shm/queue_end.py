@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from ray_shm.deadline import Deadline
 from ray_shm.errors import QueueClosedError
+from ray_shm.locks import acquired
 from ray_shm.waiting import Waiter
 
 _ends: weakref.WeakSet[QueueEnd] = weakref.WeakSet()
@@ -50,34 +51,50 @@ class QueueStats:
 
 
 class QueueEnd:
-    """Base of QueueWriter and QueueReader."""
+    """Base of QueueWriter and QueueReader, which call `_open` once all is there.
+
+    Attributes:
+        unfreed: `close` has something to do yet; so also after one that a signal's handler broke off.
+    """
 
     def __init__(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._waiter = Waiter()
-        self._closed = False
+        self._closed = True  # until all is there
+        self.unfreed = self._freeing = False
         self.messages = self.bytes = self.large = 0
         _ends.add(self)
 
+    def _open(self) -> None:
+        self.unfreed = True
+        self._closed = False
+
     def close(self) -> None:
-        """Leave the queue. Idempotent, from any thread."""
+        """Leave the queue. Idempotent, from any thread; the next one finishes what a signal's handler broke off."""
         close_all([self])
 
     def _begin_closing(self) -> bool:
-        """False: that was begun before."""
-        begun, self._closed = self._closed, True
-        return not begun
+        """False: it was closed before."""
+        self._closed = True
+        return self.unfreed
 
     def _finish_closing(self) -> bool:
         """False: another thread waits in here; it is woken, and sees _closed."""
-        if not self._lock.acquire(timeout=_WAKE_AGAIN):
+        lock = self._lock  # a forked child gets another one
+        if not acquired(lock, True, _WAKE_AGAIN):
             self._wake_waiting()
             return False
         try:
-            self._free()
+            if self.unfreed and not self._freeing:  # else by this thread: this is a signal's handler
+                self._freeing = True
+                try:
+                    self._free()
+                    self.unfreed = False
+                finally:
+                    self._freeing = False
         finally:
-            self._lock.release()
+            lock.release()
         return True
 
     @property
@@ -94,7 +111,7 @@ class QueueEnd:
         raise NotImplementedError
 
     def _free(self) -> None:
-        """Tell the other ends, and let go of everything. The lock is held."""
+        """Tell the other ends, and let go of everything. The lock is held. Idempotent, also where it was broken off."""
         raise NotImplementedError
 
     def _abandon(self) -> None:
@@ -134,8 +151,9 @@ def close_all(ends: Iterable[QueueEnd]) -> None:
 def _abandon_all() -> None:
     for end in list(_ends):
         end._lock = threading.RLock()  # another thread of the parent may have held it
-        if not end._closed:
+        if end.unfreed:
             end._closed = True
+            end.unfreed = end._freeing = False
             end._abandon()
 
 

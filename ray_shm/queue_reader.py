@@ -38,7 +38,6 @@ class QueueReader(QueueEnd):
         """
         handle.require_version()
         super().__init__()
-        self._closed = True  # until all is there
         self._longest_park = IDLE_PARK if longest_park is None else longest_park
         self._from = f"pid {handle.pid} on {handle.node}"
         self._writer_pid = handle.pid
@@ -65,7 +64,7 @@ class QueueReader(QueueEnd):
                 f"the queue of {self._from} has local readers {list(handle.local_reader_ranks)} and remote readers "
                 f"{list(remote)}, but no reader {rank}"
             )
-        self._closed = False
+        self._open()
 
     def _attach(self, handle: Handle, rank: int) -> None:
         if handle.shm is None:

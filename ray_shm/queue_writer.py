@@ -61,7 +61,6 @@ class QueueWriter(QueueEnd):
             ring_bytes: shared memory for small messages, at most; a power of two.
         """
         super().__init__()
-        self._closed = True  # until all is there
         self._sending = False
         self._watch_readers = watch_readers
         self._drop_dead = drop_dead_readers
@@ -85,7 +84,7 @@ class QueueWriter(QueueEnd):
             os.getpid(),
             socket.gethostname(),
         )
-        self._closed = False
+        self._open()
 
     def _make_zmq(
         self, ranks: Sequence[int], bound: int, ip: str | None, port_range: tuple[int, int] | None
@@ -300,8 +299,9 @@ class QueueWriter(QueueEnd):
         )
 
     def _wake_waiting(self) -> None:
-        if self._shm is not None:
-            self._shm.ring.bell.ring()
+        shm = self._shm  # another thread may close this end, too
+        if shm is not None:
+            shm.ring.bell.ring()
         if self._zmq is not None:
             self._zmq.wake()
 

@@ -33,7 +33,7 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 
 
 class Window:
-    """`size` mapped bytes at `address`."""
+    """`size` mapped bytes at `address`, which is 0 once they are unmapped."""
 
     __slots__ = ("address", "holders", "size")
 
@@ -56,7 +56,10 @@ class Window:
         return memoryview((ctypes.c_char * self.size).from_address(self.address)).cast("B")
 
     def unmap(self) -> None:
-        _libc.munmap(self.address, self.size)
+        """Idempotent."""
+        address, self.address = self.address, 0
+        if address:  # no signal's handler comes in between
+            _libc.munmap(address, self.size)
 
 
 def own_pages(address: int, size: int) -> None:

@@ -109,8 +109,10 @@ class ZmqReader:
 
     def close(self) -> None:
         """Tell the writer that this reader left. Idempotent."""
-        if not self._end.closed:
-            self._tell(zmq_wire.BYE)
+        try:
+            if not self._end.closed:
+                self._tell(zmq_wire.BYE)
+        finally:
             self._end.close()
 
     def abandon(self) -> None:

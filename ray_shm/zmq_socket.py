@@ -24,6 +24,7 @@ import os
 import secrets
 import socket as tcp
 import struct
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -182,7 +183,8 @@ class Monitor:
     def close(self) -> None:
         for _ in self.events():
             pass
-        self._watched.disable_monitor()
+        if not self._watched.closed:
+            self._watched.disable_monitor()
         self.socket.close()
 
 
@@ -197,8 +199,6 @@ class Endpoint:
         self._others = list(others)
         self._pid = os.getpid()
         self._alarm = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._close_alarm = weakref.finalize(self, os.close, self._alarm)
-        self._close_alarm.atexit = False
         self._alarm_lock = threading.Lock()  # so that nobody rings a descriptor that was closed and given out again
         self._poller = zmq.Poller()
         for polled in (main, self.monitor.socket, self._alarm):
@@ -220,27 +220,38 @@ class Endpoint:
                 os.eventfd_write(self._alarm, 1)
 
     def close(self, linger: float = LINGER) -> None:
-        """What was sent may still go out for `linger` seconds, in the background. Idempotent."""
-        if self._end(self._alarm_lock):
-            _open_endpoints.discard(self)
-            self.monitor.close()
-            for one in (self.main, *self._others):
-                one.close(int(linger * 1000))
+        """What was sent may still go out for `linger` seconds, in the background. Idempotent.
+
+        Does nothing in a forked child, which has to `abandon`.
+        """
+        if os.getpid() != self._pid:
+            return
+        self._end(self._alarm_lock)
+        self.monitor.close()
+        for one in (self.main, *self._others):
+            one.close(int(linger * 1000))
+        _open_endpoints.discard(self)
 
     def abandon(self) -> None:
         """In a forked child: forget the sockets, which are the parent's, who does not notice. Sends and awaits nothing.
 
         Happens in every forked child by itself, and does nothing in the process that made the sockets. Idempotent.
         """
-        if os.getpid() != self._pid and self._end(contextlib.nullcontext()):  # the parent's lock may be held for ever
+        if os.getpid() != self._pid:
+            self._end(contextlib.nullcontext())  # the parent's lock may be held for ever
             for one in (self.main, self.monitor.socket, *self._others):
                 one.close()  # pyzmq remembers the process too, and calls nothing of zmq's in another one
 
-    def _end(self, lock: contextlib.AbstractContextManager[object]) -> bool:
+    def _end(self, lock: contextlib.AbstractContextManager[object]) -> None:
         with lock:
-            was_open, self.closed = not self.closed, True
-            self._close_alarm()
-        return was_open
+            self.closed = True
+            alarm, self._alarm = self._alarm, -1
+            if alarm >= 0:  # no signal's handler comes in between
+                os.close(alarm)
+
+    def __del__(self) -> None:
+        if getattr(self, "_alarm", -1) >= 0 and not sys.is_finalizing():
+            os.close(self._alarm)
 
 
 _open_endpoints: weakref.WeakSet[Endpoint] = weakref.WeakSet()

@@ -225,11 +225,9 @@ class ZmqWriter:
         A reader that is still busy then has the messages in its own process, and reads them later, unless they are more
         than the network carries in that time.
         """
-        if self._end.closed:
-            return
         with self._using:
             try:
-                if not self._torn:
+                if not (self._torn or self._end.closed):
                     self._hear()
                     self._deliver([zmq_wire.pack_count(zmq_wire.CLOSED, self._sent)], self._live())
                     self._await_read(time.monotonic() + linger)

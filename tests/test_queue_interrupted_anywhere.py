@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import os
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,7 @@ from interrupts import interrupted
 from queue_ends import Ends
 
 from ray_shm import arena, lease
+from ray_shm.errors import PeerLostError, QueueClosedError
 from ray_shm.message_queue import MessageQueue
 from ray_shm.ring import LEASES
 from ray_shm.shm_writer import ShmWriter
@@ -198,3 +202,51 @@ def test_a_dequeue_between_nodes_that_is_interrupted_anywhere(size: int) -> None
                 break
         assert 15 < at < STEPS - 1
         assert lost < at / 2
+
+
+def kept_memory() -> list[str]:
+    """Mappings and descriptors of queues in this process."""
+    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:ray_shm:queue" in line]
+    return maps + [link for fd in os.listdir("/proc/self/fd") if "memfd:ray_shm:queue" in (link := link_of(fd))]
+
+
+def link_of(fd: str) -> str:
+    with contextlib.suppress(OSError):  # the listing's own
+        return os.readlink(f"/proc/self/fd/{fd}")
+    return ""
+
+
+def use_until_closed(end: MessageQueue, writes: bool) -> None:
+    while True:  # a writer may fill the other end's place first
+        end.enqueue(bytes(LARGE), HANG) if writes else end.dequeue(HANG)
+
+
+@pytest.mark.parametrize("which", ["writer", "reader"])
+@pytest.mark.parametrize("local", [True, False])
+def test_a_close_that_is_interrupted_anywhere_is_finished_by_the_next(which: str, local: bool) -> None:
+    before = kept_memory()
+    for at in range(STEPS):
+        if local:
+            ends = Ends(**BOUNDS["for small messages"])
+            writer, reader = ends.writer, ends.readers[0]
+        else:
+            writer, reader = ends_between_nodes()
+        writer.enqueue(bytes(LARGE))
+        assert len(reader.dequeue(HANG)) == LARGE
+        end, other = (writer, reader) if which == "writer" else (reader, writer)
+        broken = interrupted(at, end.close) is not None
+        end.close()
+        # Between nodes a writer that was interrupted while it said that it closes is lost.
+        closed = (QueueClosedError, PeerLostError) if not local else QueueClosedError
+        with pytest.raises(closed if which == "writer" else PeerLostError):
+            use_until_closed(other, which == "reader")
+        other.close()
+        del end, other, writer, reader
+        if local:
+            del ends
+        if kept_memory() != before:
+            gc.collect()
+        assert kept_memory() == before
+        if not broken:
+            break
+    assert 15 < at < STEPS - 1
