@@ -133,9 +133,12 @@ class ControlThread:
         return [name for name, group in meant if name in waiting or group.is_lost]  # by an interrupted broadcast, say
 
 
-def counts_of(groups: Groups) -> dict[tuple[str, tuple[int, ...]], tuple[int, int]]:
-    """(Name, ranks) of each group -> (epoch, collectives that this rank has called in it)."""
-    return {(name, tuple(group.ranks)): (group.epoch, group.operations) for name, group in list(groups.items())}
+def counts_of(groups: Groups) -> wire.Counts:
+    """Asked where this rank is in no call that anybody waits for: what it is in was given up."""
+    return {
+        (name, tuple(group.ranks)): None if group.is_lost or group.operation else (group.epoch, group.operations)
+        for name, group in list(groups.items())
+    }
 
 
 def operation_of(groups: Groups) -> str:

@@ -142,13 +142,17 @@ class Dispatcher(Replies):
         `submit`."""
         call = Call(next(self._ids), name, targets, None, None, deadline, self.options)
         frames = wire.encode_order(kind, call.call_id, self.epoch, targets, payload)
-        if kind == wire.RELEASE:
-            self._register(call)
-            self._orders.give(frames)  # never lost, and never waited for
-        else:
-            self._post(call, frames, deadline, self._requests if kind in wire.ORDERS else self._control)
-            if self._finished and not self.lead.is_mine():
-                self.run_callbacks_elsewhere()  # not here: who orders may hold locks that a callback wants
+        try:
+            if kind == wire.RELEASE:
+                self._register(call)
+                self._orders.give(frames)  # never lost, and never waited for
+            else:
+                self._post(call, frames, deadline, self._requests if kind in wire.ORDERS else self._control)
+                if self._finished and not self.lead.is_mine():
+                    self.run_callbacks_elsewhere()  # not here: who orders may hold locks that a callback wants
+        except BaseException:  # Ctrl-C: nobody takes the answers
+            self.forget(call)
+            raise
         return call
 
     def tell(self, kind: int, call_id: int, targets: Sequence[int] | None, payload: object) -> bool:

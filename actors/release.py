@@ -76,7 +76,11 @@ class Releaser:
             self._dispatcher.before_call = self.settle
 
     def release_cancelled(self, call: Call) -> None:
-        """`call` was cancelled: free the ranks that wait for each other in it, where no signal reaches them."""
+        """`call` was cancelled: free the ranks that wait for each other in it, where no signal reaches them.
+
+        Some may have been ahead of others, or amid the forming of a group, which is then of no use.
+        """
+        self.doubt(call)
         reason = f"call {call.call_id} {call.method!r} was cancelled"
         self._ask(sorted(call.missing), call.targets, reason, call.call_id, idle=False)
 
@@ -107,17 +111,31 @@ class Releaser:
             with dispatcher.callbacks_elsewhere():
                 self._take_answers(Deadline.after(deadline.slice(ANSWER_WAIT)))
                 self._compare_counts(Deadline.after(deadline.slice(ANSWER_WAIT)))
-            dispatcher.before_call = None  # what breaks from now on sets it again
-            if self._asked or self._doubtful:  # came amid the waits
-                dispatcher.before_call = self.settle
-            names, everything = sorted(self._broken), self._all_broken
-            self._broken, self._all_broken = set(), False
-            if names or everything:
-                self._epoch += 1
-                self.order_reform([] if everything else names, self._epoch, dispatcher.alive, deadline)
+            self._reform_broken(deadline)
         finally:
             if taken:
                 self._lock.release()
+
+    def _reform_broken(self, deadline: Deadline) -> None:
+        dispatcher = self._dispatcher
+        broken: set[str] = set()
+        everything = False
+        try:
+            dispatcher.before_call = None  # what breaks from now on sets it again
+            if self._asked or self._doubtful:  # came amid the waits
+                dispatcher.before_call = self.settle
+            broken, self._broken = self._broken, broken
+            everything, self._all_broken = self._all_broken, False  # the leader may set it, before or after this
+            if broken or everything:
+                self._epoch += 1
+                names = [] if everything else sorted(broken)
+                self.order_reform(names, self._epoch, dispatcher.alive, deadline)
+        except BaseException:  # no time was left, or a signal's handler raised: before the next call, then
+            self._broken |= broken
+            if everything:
+                self._all_broken = True
+            dispatcher.before_call = self.settle
+            raise
 
     def new_epoch(self) -> int:
         """The number of a formation of all groups that the caller is about to order."""
@@ -167,28 +185,42 @@ class Releaser:
             order = self._asked[0]
             with contextlib.suppress(RayShmError, TimeoutError):
                 self._dispatcher.wait(order, deadline)
-            self._asked.popleft()
             for names in order.results.values():
                 self._broken.update(names)
-            if not order.done or order.failures:  # its answer may come late, or never: REFORM is queued behind it
+            if order.missing or order.failures:  # its answer may come late, or never: REFORM is queued behind it
                 self._all_broken = True
+            self._asked.popleft()
 
     def _compare_counts(self, deadline: Deadline) -> None:
         """Groups in which some ranks have called more collectives than others are out of step, and of no use."""
-        doubtful = {self._doubtful.pop() for _ in range(len(self._doubtful))}  # one by one: the leader may be adding
+        doubtful = {*self._doubtful}  # in one C call: the leader may be adding
+        try:
+            self._doubtful -= doubtful  # those that come from now on set `before_call` again
+            self._compare_counts_of(doubtful, deadline)
+        except BaseException:  # of a signal's handler
+            self._doubtful |= doubtful
+            raise
+
+    def _compare_counts_of(self, doubtful: set[int], deadline: Deadline) -> None:
         dispatcher = self._dispatcher
         ranks = self._living(sorted(doubtful - dispatcher.busy()))  # who is in another call may rightly be ahead
         if len(ranks) < 2:
             return
-        with contextlib.suppress(RayShmError, TimeoutError):  # who does not answer is not compared
+        try:
             call = self._counting = dispatcher.submit_order(wire.COUNTS, "count collectives", None, ranks, deadline)
-            with contextlib.suppress(RayShmError, TimeoutError):
+        except (RayShmError, TimeoutError):
+            return
+        try:
+            with contextlib.suppress(RayShmError, TimeoutError):  # who does not answer is not compared
                 dispatcher.wait(call, deadline)
-            counts: dict[tuple[str, tuple[int, ...]], set[tuple[int, int]]] = {}
-            for answer in list(call.results.values()):
-                for group, count in answer.items():
-                    counts.setdefault(group, set()).add(count)
-            self._broken.update(name for (name, _), different in counts.items() if len(different) > 1)
+        finally:
+            dispatcher.forget(call)  # else its ranks are busy
+        counts: dict[tuple[str, tuple[int, ...]], set[tuple[int, int] | None]] = {}
+        answers: list[wire.Counts] = list(call.results.values())
+        for answer in answers:
+            for group, count in answer.items():
+                counts.setdefault(group, set()).add(count)
+        self._broken.update(name for (name, _), found in counts.items() if len(found) > 1 or None in found)
 
 
 def log_failures(order: Call, what: str) -> None:

@@ -37,6 +37,9 @@ _REQUEST = struct.Struct(
 _REPLY = struct.Struct("<QIBxH")
 
 Method = str | Callable[..., Any]
+# Answer to COUNTS: (name, ranks) of each group -> (epoch, its collectives so far), or None where it is to be formed
+# again.
+Counts = dict[tuple[str, tuple[int, ...]], tuple[int, int] | None]
 
 
 def method_name(method: Method) -> str:

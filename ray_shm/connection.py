@@ -100,9 +100,9 @@ class GroupConnection:
 
     @property
     def is_lost(self) -> bool:
-        """Whether every operation raises PeerLostError, or a broadcast through queues would."""
+        """Whether every operation raises PeerLostError or StartError, or a broadcast through queues would."""
         groups = self.groups
-        return isinstance(self._ended, PeerLostError) or (groups is not None and groups.queues.ended)
+        return isinstance(self._ended, PeerLostError | StartError) or (groups is not None and groups.queues.ended)
 
     def connect(self, operation: str = "connect", timeout: float | None = None) -> ProcessGroups:
         """The process groups; connects if nobody did yet.

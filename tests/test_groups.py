@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from faulty_worker import HANG, RANKS, VICTIM, Background, check_for_leaks, wait_for
 from group_members import Member, at_work, handles, rpc, three_members, totals
+from interrupts import interrupted
 
 from ray_shm import ActorGroup, PeerLostError, RpcError, RpcTimeoutError
 
 CYCLES = 100
+STEPS = 20_000  # more than a call has
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,20 @@ def test_what_a_rank_left_out_is_not_taken_for_what_comes_next(group: ActorGroup
     with pytest.raises(RpcError):
         rpc(group, "why_not")  # an exception that leaves all in step
     assert rpc(group, "epoch_of", "world") == epoch
+
+
+@pytest.mark.parametrize("stride", [23, pytest.param(3, marks=pytest.mark.slow)])
+def test_what_was_left_out_is_found_also_after_a_call_that_is_interrupted_anywhere(
+    group: ActorGroup, stride: int
+) -> None:
+    for at in range(0, STEPS, stride):
+        with pytest.raises(RpcError):
+            rpc(group, "give", "old", VICTIM)
+        broken = interrupted(at, lambda: rpc(group, "give", "broken off"))  # it forms the group again, too
+        assert rpc(group, "give", at) == [at] * 3
+        if broken is None:
+            break
+    assert 300 < at < STEPS - stride
 
 
 # ---- created and destroyed ------------------------------------------------------------------------------------------
