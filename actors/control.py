@@ -134,7 +134,7 @@ class ControlThread:
 
 
 def counts_of(groups: Groups) -> wire.Counts:
-    """Asked where this rank is in no call that anybody waits for: what it is in was given up."""
+    """Asked where this rank is in no call that is awaited of it: what it may be in was given up, or timed out."""
     return {
         (name, tuple(group.ranks)): None if group.is_lost or group.operation else (group.epoch, group.operations)
         for name, group in list(groups.items())

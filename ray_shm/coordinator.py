@@ -151,7 +151,7 @@ class StatelessGroupCoordinator(TensorCollectives, ObjectCollectives, PointToPoi
 
     @property
     def is_lost(self) -> bool:
-        """Whether it needs `reform`: a peer is gone or late, it was released or not formed, or was interrupted."""
+        """Whether it needs `reform`: a peer is gone or late, it was released, interrupted, or could not be formed."""
         return self._link.is_lost
 
     # Torch's own handles; the first of these properties that is read connects a lazy group, but for `device`

@@ -89,8 +89,8 @@ def _run() -> None:
         poll = select.poll()
         with _lock:
             if not _watches:
-                os.close(_changed)
-                _thread, _changed = None, -1
+                changed, _thread, _changed = _changed, None, -1
+                os.close(changed)
                 return
             poll.register(_changed, select.POLLIN)
             for pidfd in list(_watches):

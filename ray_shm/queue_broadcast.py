@@ -173,37 +173,31 @@ class Route:
 class _Ends:
     """Queue ends that are open. Whatever thread closes them, and however many do: when `close` returns all are.
 
-    But for a thread that is inside of one of them (the unpickling of an object broadcasts in turn): another thread that
-    closes them is done once this one is out.
+    A thread that is inside of one of them (the unpickling of an object broadcasts in turn) may close them, too; another
+    one is done once that one is out.
     """
 
     open: list[QueueReader | QueueWriter] = field(default_factory=list)
-    closing: list[QueueReader | QueueWriter] = field(default_factory=list)
     ended: bool = False
-    changed: threading.Condition = field(default_factory=threading.Condition)  # held for a few instructions
+    lock: threading.RLock = field(default_factory=threading.RLock)  # held for a few instructions
 
     def add(self, ends: Sequence[QueueReader | QueueWriter]) -> bool:
         """False: it has ended, and they are not taken."""
-        with self.changed:
+        with self.lock:
             if not self.ended:
                 self.open += ends
             return not self.ended
 
-    def close(self) -> None:
-        with self.changed:
+    def end(self) -> bool:
+        """From now on `add` takes none. Whether there is something to close."""
+        with self.lock:
             self.ended = True
-            ends, self.open = self.open, []
-            self.closing += ends
-        try:
-            close_all(ends)
-        finally:
-            with self.changed:
-                self.closing = [end for end in self.closing if end not in ends]
-                self.open += [end for end in ends if end.unfreed]  # a signal's handler broke it off
-                self.changed.notify_all()
-        with self.changed:
-            while self.closing and not any(end.is_used_here for end in self.closing):
-                self.changed.wait()
+            return bool(self.open)
+
+    def close(self) -> None:
+        self.end()
+        close_all(self.open)
+        self.open = []  # last: who comes while they are closed waits for them, too
 
 
 class QueueBroadcaster:
@@ -277,10 +271,8 @@ class QueueBroadcaster:
 
     def stop(self) -> None:
         """Ends what waits in a queue, here and at the peers. From any thread; waits for nothing."""
-        with self._ends.changed:
-            self._ends.ended = True
-            if self._ends.open:
-                threading.Thread(target=self._ends.close, name="ray-shm-queues-close", daemon=True).start()
+        if self._ends.end():
+            threading.Thread(target=self._ends.close, name="ray-shm-queues-close", daemon=True).start()
 
     def close(self) -> None:
         """Frees memory, descriptors and sockets; what was received stays valid. Idempotent."""

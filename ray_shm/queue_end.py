@@ -71,7 +71,10 @@ class QueueEnd:
         self._closed = False
 
     def close(self) -> None:
-        """Leave the queue. Idempotent, from any thread; the next one finishes what a signal's handler broke off."""
+        """Leave the queue. Idempotent, from any thread: when it returns, whoever did it, the end is closed.
+
+        One that a signal's handler broke off is finished by the next.
+        """
         close_all([self])
 
     def _begin_closing(self) -> bool:
@@ -103,9 +106,9 @@ class QueueEnd:
         return self._lock._is_owned()  # type: ignore[attr-defined,no-any-return]
 
     def __del__(self) -> None:
-        if not getattr(self, "_closed", True) and self._pid == os.getpid():
+        if getattr(self, "unfreed", False) and self._pid == os.getpid():
+            self.close()  # first: a warning may be an error
             warnings.warn(f"{type(self).__name__} was dropped without close()", ResourceWarning, stacklevel=2)
-            self.close()
 
     def _wake_waiting(self) -> None:
         raise NotImplementedError

@@ -16,8 +16,8 @@ import mmap
 import os
 import secrets
 import struct
-import sys
 import warnings
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +69,10 @@ class Segment:
         self.size = ref.size
         self.fd = fd
         self.view = memoryview(mapping)
+        self._held = [fd]  # for the finalizer, which is not to hold this object
+        self._drop = None if fd < 0 else weakref.finalize(self, _close_dropped, self._held)
+        if self._drop is not None:
+            self._drop.atexit = False
 
     @classmethod
     def create(cls, size: int, purpose: str, growable: bool = False, reserved: int | None = None) -> Segment:
@@ -130,21 +134,25 @@ class Segment:
 
     def close(self) -> None:
         """Close the descriptor and drop the mapping once nothing uses it. Idempotent."""
-        fd, self.fd = self.fd, -1
+        held = self._held
+        fd, held[0], self.fd = held[0], -1, -1
         if fd >= 0:  # no signal's handler comes in between
             os.close(fd)
+        if self._drop is not None:
+            self._drop.detach()
         # The mapping itself goes with its last user: a thread asleep on a word in it must not lose the page.
-
-    def __del__(self) -> None:
-        if self.fd >= 0 and not sys.is_finalizing():
-            self.close()
-            warnings.warn("shared memory was dropped without close()", ResourceWarning, stacklevel=2)
 
     def __enter__(self) -> Segment:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _close_dropped(held: list[int]) -> None:
+    if held[0] >= 0:
+        os.close(held[0])
+        warnings.warn("shared memory was dropped without close()", ResourceWarning, stacklevel=2)
 
 
 def _seals(growable: bool) -> int:

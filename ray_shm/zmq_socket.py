@@ -205,6 +205,11 @@ class Endpoint:
             self._poller.register(polled, zmq.POLLIN)
         _open_endpoints.add(self)
 
+    @property
+    def inherited(self) -> bool:
+        """Whether this process was forked from the one that made it."""
+        return os.getpid() != self._pid
+
     def poll(self, seconds: float) -> bool:
         """Until the other end says something (True), a connection comes or goes, or `wake`; at most `seconds`."""
         ready = dict(self._poller.poll(int(seconds * 1000) + 1))
@@ -224,7 +229,7 @@ class Endpoint:
 
         Does nothing in a forked child, which has to `abandon`.
         """
-        if os.getpid() != self._pid:
+        if self.inherited:
             return
         self._end(self._alarm_lock)
         self.monitor.close()
@@ -237,7 +242,7 @@ class Endpoint:
 
         Happens in every forked child by itself, and does nothing in the process that made the sockets. Idempotent.
         """
-        if os.getpid() != self._pid:
+        if self.inherited:
             self._end(contextlib.nullcontext())  # the parent's lock may be held for ever
             for one in (self.main, self.monitor.socket, *self._others):
                 one.close()  # pyzmq remembers the process too, and calls nothing of zmq's in another one

@@ -225,6 +225,8 @@ class ZmqWriter:
         A reader that is still busy then has the messages in its own process, and reads them later, unless they are more
         than the network carries in that time.
         """
+        if self._end.inherited:  # another thread of the parent may have held what follows
+            return
         with self._using:
             try:
                 if not (self._torn or self._end.closed):

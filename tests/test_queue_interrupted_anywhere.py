@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from queue_ends import Ends
 from ray_shm import arena, lease
 from ray_shm.errors import PeerLostError, QueueClosedError
 from ray_shm.message_queue import MessageQueue
+from ray_shm.queue_reader import QueueReader
+from ray_shm.queue_writer import QueueWriter
 from ray_shm.ring import LEASES
 from ray_shm.shm_writer import ShmWriter
 
@@ -216,37 +219,67 @@ def link_of(fd: str) -> str:
     return ""
 
 
+def ends_on_one_node() -> tuple[MessageQueue, MessageQueue]:
+    writer = MessageQueue(1, 1, **BOUNDS["for small messages"])
+    reader = MessageQueue.create_from_handle(writer.export_handle(), 0)
+    writer.wait_until_ready(HANG)
+    return writer, reader
+
+
 def use_until_closed(end: MessageQueue, writes: bool) -> None:
     while True:  # a writer may fill the other end's place first
         end.enqueue(bytes(LARGE), HANG) if writes else end.dequeue(HANG)
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("finished_by", ["close", "collection"])
 @pytest.mark.parametrize("which", ["writer", "reader"])
-@pytest.mark.parametrize("local", [True, False])
-def test_a_close_that_is_interrupted_anywhere_is_finished_by_the_next(which: str, local: bool) -> None:
+@pytest.mark.parametrize("make", [ends_on_one_node, ends_between_nodes])
+def test_a_close_that_is_interrupted_anywhere_is_finished(
+    make: Callable[[], tuple[MessageQueue, MessageQueue]],
+    which: str,
+    finished_by: str,
+    lost: list[type[BaseException]],
+) -> None:
+    # Between nodes a writer that was interrupted while it said that it closes is lost.
+    writer_closed = (QueueClosedError, PeerLostError) if make is ends_between_nodes else QueueClosedError
     before = kept_memory()
     for at in range(STEPS):
-        if local:
-            ends = Ends(**BOUNDS["for small messages"])
-            writer, reader = ends.writer, ends.readers[0]
-        else:
-            writer, reader = ends_between_nodes()
-        writer.enqueue(bytes(LARGE))
-        assert len(reader.dequeue(HANG)) == LARGE
-        end, other = (writer, reader) if which == "writer" else (reader, writer)
-        broken = interrupted(at, end.close) is not None
-        end.close()
-        # Between nodes a writer that was interrupted while it said that it closes is lost.
-        closed = (QueueClosedError, PeerLostError) if not local else QueueClosedError
-        with pytest.raises(closed if which == "writer" else PeerLostError):
-            use_until_closed(other, which == "reader")
-        other.close()
-        del end, other, writer, reader
-        if local:
-            del ends
+        ends = [*make()]
+        ends[0].enqueue(bytes(LARGE))
+        assert len(ends[1].dequeue(HANG)) == LARGE
+        if which == "reader":
+            ends.reverse()
+        seen = len(lost)
+        broken = interrupted(at, ends[0].close) is not None
+        ends[0].close() if finished_by == "close" else ends.pop(0)
+        gc.collect()
+        with pytest.raises(writer_closed if which == "writer" else PeerLostError):
+            use_until_closed(ends[-1], which == "reader")
+        ends.pop().close()
+        ends.clear()
         if kept_memory() != before:
-            gc.collect()
+            gc.collect()  # a traceback's
         assert kept_memory() == before
-        if not broken:
+        if not broken and len(lost) == seen:
             break
     assert 15 < at < STEPS - 1
+
+
+def test_the_queues_of_a_group_whose_close_is_interrupted_anywhere() -> None:
+    from ray_shm.queue_broadcast import _Ends
+
+    for at in range(STEPS):
+        ends = _Ends()
+        writer = QueueWriter([0], [], 1 << 16, 4, None)
+        ends.add([writer, QueueReader(writer.handle, 0)])
+        kept = list(ends.open)
+        broken = interrupted(at, ends.close) is not None
+        others = threading.Thread(target=ends.close, daemon=True)
+        others.start()
+        others.join(HANG)
+        assert not others.is_alive()
+        assert not any(end.unfreed for end in kept)
+        if not broken:
+            break
+    assert 30 < at < STEPS - 1

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from injection import wait_for
 from interrupts import Interrupted
 from reader_pool import WATCHDOG, Me, Peer
 from zmq_ends import BOUND, LOCALHOST, MakeChannel, has_room, peek, send, take, wait, wait_for_error, wait_heard
@@ -340,6 +341,30 @@ def test_close_does_not_wait_for_what_is_gone(make_peer: Callable[[], Peer]) -> 
 
 
 # Forks
+
+
+def test_a_forked_child_closes_what_another_thread_of_the_parent_was_using() -> None:
+    writer = ZmqWriter([0], BOUND, LOCALHOST)
+    polling = threading.Thread(target=writer.poll, args=(WATCHDOG,))
+    polling.start()
+    while writer._using.acquire(blocking=False):
+        writer._using.release()
+        time.sleep(0.001)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            writer.close()
+        finally:
+            os._exit(0)
+    try:
+        ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        wait_for(lambda: os.waitid(os.P_PID, pid, ended) is not None, "the child's end")
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        writer.wake()
+        polling.join()
+        writer.close()
 
 
 def test_a_forked_child_leaves_the_queue_alone(make_channel: MakeChannel) -> None:
