@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,6 +27,7 @@ from ray_shm.locks import acquired
 
 logger = logging.getLogger("ray_shm")
 
+_LOOK = 0.001  # seconds between two looks at who is busy
 ANSWER_WAIT = 1.0  # seconds for the control threads' answers; one that does not answer holds the interpreter's lock
 
 
@@ -70,7 +72,7 @@ class Releaser:
 
     def doubt(self, call: Call) -> None:
         """A rank that raised may have left out a collective which others are through with: a broadcast, above all,
-        whose object it would then take for the next one. Looked into before the next call. By the leader."""
+        whose object it would then take for the next one. Looked into before the next call. From any thread."""
         if call is not self._counting:
             self._doubtful.update(call.targets)
             self._dispatcher.before_call = self.settle
@@ -108,13 +110,15 @@ class Releaser:
                 raise RpcTimeoutError(f"no call was sent within {deadline.timeout} s: groups are being formed again")
             if dispatcher.before_call is None:
                 return  # somebody has done it meanwhile
-            with dispatcher.callbacks_elsewhere():
-                self._take_answers(Deadline.after(deadline.slice(ANSWER_WAIT)))
-                self._compare_counts(Deadline.after(deadline.slice(ANSWER_WAIT)))
+            dispatcher.without_callbacks(lambda: self._find_broken(deadline))
             self._reform_broken(deadline)
         finally:
             if taken:
                 self._lock.release()
+
+    def _find_broken(self, deadline: Deadline) -> None:
+        self._take_answers(Deadline.after(deadline.slice(ANSWER_WAIT)))
+        self._compare_counts(Deadline.after(deadline.slice(ANSWER_WAIT)))
 
     def _reform_broken(self, deadline: Deadline) -> None:
         dispatcher = self._dispatcher
@@ -192,35 +196,43 @@ class Releaser:
             self._asked.popleft()
 
     def _compare_counts(self, deadline: Deadline) -> None:
-        """Groups in which some ranks have called more collectives than others are out of step, and of no use."""
         doubtful = {*self._doubtful}  # in one C call: the leader may be adding
         try:
             self._doubtful -= doubtful  # those that come from now on set `before_call` again
-            self._compare_counts_of(doubtful, deadline)
+            if not self._are_in_step(doubtful, deadline):
+                self._all_broken = True
         except BaseException:  # of a signal's handler
             self._doubtful |= doubtful
             raise
 
-    def _compare_counts_of(self, doubtful: set[int], deadline: Deadline) -> None:
+    def _are_in_step(self, doubtful: set[int], deadline: Deadline) -> bool:
+        """False: they do not say, and so may all be out of step. Groups that are found to be are noted."""
         dispatcher = self._dispatcher
-        ranks = self._living(sorted(doubtful - dispatcher.busy()))  # who is in another call may rightly be ahead
+        while not doubtful.isdisjoint(dispatcher.busy()):  # who is in another call may rightly be ahead
+            if deadline.expired():
+                return False
+            dispatcher.drain_if_free()
+            time.sleep(_LOOK)
+        ranks = self._living(sorted(doubtful))
         if len(ranks) < 2:
-            return
+            return True
         try:
             call = self._counting = dispatcher.submit_order(wire.COUNTS, "count collectives", None, ranks, deadline)
         except (RayShmError, TimeoutError):
-            return
+            return False
         try:
-            with contextlib.suppress(RayShmError, TimeoutError):  # who does not answer is not compared
+            with contextlib.suppress(RayShmError, TimeoutError):
                 dispatcher.wait(call, deadline)
         finally:
             dispatcher.forget(call)  # else its ranks are busy
         counts: dict[tuple[str, tuple[int, ...]], set[tuple[int, int] | None]] = {}
-        answers: list[wire.Counts] = list(call.results.values())
-        for answer in answers:
+        answers: dict[int, wire.Counts] = dict(call.results)
+        for answer in answers.values():
             for group, count in answer.items():
                 counts.setdefault(group, set()).add(count)
-        self._broken.update(name for (name, _), found in counts.items() if len(found) > 1 or None in found)
+        whole = [group for group in counts if dispatcher.dead.keys().isdisjoint(group[1])]  # the others wait for heal()
+        self._broken.update(group[0] for group in whole if len(counts[group]) > 1 or None in counts[group])
+        return len(answers) == len(ranks)
 
 
 def log_failures(order: Call, what: str) -> None:

@@ -245,22 +245,21 @@ class Replies:
         me = threading.get_ident()
         if not self._finished or me in self._calling_back:
             return
-        self._calling_back.add(me)
         try:
+            self._calling_back.add(me)
             while self._finished:
                 with contextlib.suppress(IndexError):
                     self._finished.popleft().run_callbacks()
         finally:
             self._calling_back.discard(me)
 
-    @contextlib.contextmanager
-    def callbacks_elsewhere(self) -> Iterator[None]:
-        """This thread runs none meanwhile, though it waits: it holds a lock that a callback may want."""
+    def without_callbacks(self, work: Callable[[], object]) -> None:
+        """This thread runs none amid `work`, though it waits: it holds a lock that a callback may want."""
         me = threading.get_ident()
         inside = me in self._calling_back
-        self._calling_back.add(me)
         try:
-            yield
+            self._calling_back.add(me)
+            work()
         finally:
             if not inside:
                 self._calling_back.discard(me)

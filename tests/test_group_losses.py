@@ -45,6 +45,10 @@ def test_deaths_are_told_in_the_collective_and_groups_are_healed(group: ActorGro
         group.create_groups({"x": [RANKS]})
     assert list(refused.value.failures) == [VICTIM]
     assert totals(group, "pair", [0, 2]) == [101, 101]
+    epochs = [rpc(group, "epoch_of", name, target_ranks=[0, 2]) for name in ("pair", "world")]
+    with pytest.raises(RpcError, match="why_not"):
+        rpc(group, "why_not", target_ranks=[0, 2])  # without its argument; no reason to form a group again
+    assert [rpc(group, "epoch_of", name, target_ranks=[0, 2]) for name in ("pair", "world")] == epochs
     group.create_groups({"survivors": [[0, 2]]})
     group.destroy_groups(["gone"])
     # Rank 2 waits for one who has not come yet, so no connection of theirs carries anything.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faulty_worker import HANG, RANKS, VICTIM, Background, check_for_leaks, wait_for
+from faulty_worker import HANG, RANKS, VICTIM, Background, check_for_leaks, wait_for, wait_until_stopped
 from group_members import Member, at_work, handles, rpc, three_members, totals
 from interrupts import interrupted
 
@@ -43,7 +44,34 @@ def test_what_a_rank_left_out_is_not_taken_for_what_comes_next(group: ActorGroup
     assert rpc(group, "epoch_of", "world") == epoch
 
 
-@pytest.mark.parametrize("stride", [23, pytest.param(3, marks=pytest.mark.slow)])
+def test_what_was_left_out_is_found_though_a_rank_does_not_say_so_in_time(group: ActorGroup) -> None:
+    assert rpc(group, "give", "first") == ["first"] * 3
+    with pytest.raises(RpcError):
+        rpc(group, "give", "old", VICTIM)
+    pid = group.workers[VICTIM].pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_until_stopped(pid)
+        with pytest.raises(RpcTimeoutError):
+            group.collective_rpc("rank", 3.0)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert rpc(group, "give", "new") == ["new"] * 3
+
+
+def test_what_was_left_out_is_found_though_another_call_has_been_sent(group: ActorGroup, gate: Path) -> None:
+    assert rpc(group, "give", "first") == ["first"] * 3
+    leaving_out = rpc(group, "give", "old", VICTIM, non_block=True)
+    holding = rpc(group, "hold", str(gate), non_block=True)
+    with pytest.raises(RpcError):
+        leaving_out.result(HANG)
+    giving = rpc(group, "give", "new", non_block=True)
+    gate.touch()
+    holding.result(HANG)
+    assert giving.result(HANG) == ["new"] * 3
+
+
+@pytest.mark.parametrize("stride", [23, pytest.param(1, marks=pytest.mark.slow)])
 def test_what_was_left_out_is_found_also_after_a_call_that_is_interrupted_anywhere(
     group: ActorGroup, stride: int
 ) -> None:
