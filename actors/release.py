@@ -27,7 +27,8 @@ from ray_shm.locks import acquired
 
 logger = logging.getLogger("ray_shm")
 
-_LOOK = 0.001  # seconds between two looks at who is busy
+_FREE_WAIT = 0.1  # seconds for ranks to come out of other calls
+_LOOK = 0.001  # seconds between two looks whether they have
 ANSWER_WAIT = 1.0  # seconds for the control threads' answers; one that does not answer holds the interpreter's lock
 
 
@@ -72,7 +73,8 @@ class Releaser:
 
     def doubt(self, call: Call) -> None:
         """A rank that raised may have left out a collective which others are through with: a broadcast, above all,
-        whose object it would then take for the next one. Looked into before the next call. From any thread."""
+        whose object it would then take for the next one. Looked into before the next call, among the ranks of this one:
+        others may rightly be ahead. From any thread."""
         if call is not self._counting:
             self._doubtful.update(call.targets)
             self._dispatcher.before_call = self.settle
@@ -118,7 +120,7 @@ class Releaser:
 
     def _find_broken(self, deadline: Deadline) -> None:
         self._take_answers(Deadline.after(deadline.slice(ANSWER_WAIT)))
-        self._compare_counts(Deadline.after(deadline.slice(ANSWER_WAIT)))
+        self._compare_counts(deadline)
 
     def _reform_broken(self, deadline: Deadline) -> None:
         dispatcher = self._dispatcher
@@ -206,16 +208,20 @@ class Releaser:
             raise
 
     def _are_in_step(self, doubtful: set[int], deadline: Deadline) -> bool:
-        """False: they do not say, and so may all be out of step. Groups that are found to be are noted."""
+        """Notes the groups that are to be formed again. False: all are, because some ranks stay busy or do not say."""
         dispatcher = self._dispatcher
-        while not doubtful.isdisjoint(dispatcher.busy()):  # who is in another call may rightly be ahead
-            if deadline.expired():
+        ranks = self._living(sorted(doubtful))
+        free = Deadline.after(deadline.slice(_FREE_WAIT))
+        while not dispatcher.busy().isdisjoint(ranks):  # who is in another call may rightly be ahead
+            if len(ranks) == 1:
+                return True  # of whom is not known
+            if free.expired():
                 return False
             dispatcher.drain_if_free()
             time.sleep(_LOOK)
-        ranks = self._living(sorted(doubtful))
-        if len(ranks) < 2:
+        if not ranks:
             return True
+        deadline = Deadline.after(deadline.slice(ANSWER_WAIT))
         try:
             call = self._counting = dispatcher.submit_order(wire.COUNTS, "count collectives", None, ranks, deadline)
         except (RayShmError, TimeoutError):
@@ -232,7 +238,7 @@ class Releaser:
                 counts.setdefault(group, set()).add(count)
         whole = [group for group in counts if dispatcher.dead.keys().isdisjoint(group[1])]  # the others wait for heal()
         self._broken.update(group[0] for group in whole if len(counts[group]) > 1 or None in counts[group])
-        return len(answers) == len(ranks)
+        return answers.keys() >= set(self._living(ranks))
 
 
 def log_failures(order: Call, what: str) -> None:

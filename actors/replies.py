@@ -76,8 +76,9 @@ class Replies:
             self._read_from(rank, reader)
 
     def busy(self) -> set[int]:
-        """Ranks that calls under way still wait for."""
-        return {rank for call in list(self._pending.values()) for rank in call.missing}
+        """Ranks that calls under way still wait for; not those that are silent once the only reply wanted has come."""
+        calls = [c for c in list(self._pending.values()) if c.reply_rank is None or c.reply_rank in c.missing]
+        return {rank for call in calls for rank in call.missing}
 
     @property
     def in_flight(self) -> int:

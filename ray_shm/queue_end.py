@@ -100,11 +100,6 @@ class QueueEnd:
             lock.release()
         return True
 
-    @property
-    def is_used_here(self) -> bool:
-        """Whether this thread is inside of it: it reads, and is now called back by what it reads, or by a signal."""
-        return self._lock._is_owned()  # type: ignore[attr-defined,no-any-return]
-
     def __del__(self) -> None:
         if getattr(self, "unfreed", False) and self._pid == os.getpid():
             self.close()  # first: a warning may be an error

@@ -150,8 +150,9 @@ class Segment:
 
 
 def _close_dropped(held: list[int]) -> None:
-    if held[0] >= 0:
-        os.close(held[0])
+    fd, held[0] = held[0], -1  # `close` comes after this where both are collected together
+    if fd >= 0:
+        os.close(fd)
         warnings.warn("shared memory was dropped without close()", ResourceWarning, stacklevel=2)
 
 

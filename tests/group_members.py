@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -47,6 +48,9 @@ class Member:
         except LookupError as exc:
             return str(exc)
         return ""
+
+    def nap(self, seconds):
+        time.sleep(seconds)
 
     def hold(self, gate):
         await_gate(gate)

@@ -104,6 +104,12 @@ def test_clients_of_a_driver_actor_create_groups(group: ActorGroup, gate: Path) 
         assert held.result(HANG) == [11, 11]  # it was sent before
         assert destroying.result() is None
         assert all("there is no group 'tp'" in text for text in rpc(second, "why_not", "tp"))
+        epoch = rpc(first, "epoch_of", "world")
+        gates = ray_shm.Scatter([str(gate.with_name("closed")), str(gate)])
+        waiting = rpc(first, "hold", gates, unique_reply_rank=0, non_block=True)
+        wait_for(lambda: at_work(second, "hold", 0) and second.status()[1].state == "idle", "rank 1 is through")
+        assert waiting.cancel()
+        assert rpc(first, "epoch_of", "world") == epoch  # rank 1 says nothing, but is not busy
     with pytest.raises(GroupClosedError):
         first.create_groups({"x": [[0, 1]]})
 

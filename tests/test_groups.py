@@ -71,6 +71,27 @@ def test_what_was_left_out_is_found_though_another_call_has_been_sent(group: Act
     assert giving.result(HANG) == ["new"] * 3
 
 
+def test_groups_that_are_in_step_stay_although_ranks_are_in_other_calls(group: ActorGroup, gate: Path) -> None:
+    assert rpc(group, "give", "first") == ["first"] * 3
+    epoch = rpc(group, "epoch_of", "world")
+    failing = rpc(group, "why_not", non_block=True)  # without its argument
+    brief = rpc(group, "nap", 0.03, non_block=True)
+    with pytest.raises(RpcError):
+        failing.result(HANG)
+    assert rpc(group, "epoch_of", "world") == epoch
+    brief.result(HANG)
+    failing = rpc(group, "why_not", target_ranks=[0], non_block=True)
+    held = rpc(group, "hold", str(gate), target_ranks=[0], non_block=True)
+    with pytest.raises(RpcError):
+        failing.result(HANG)
+    assert rpc(group, "epoch_of", "world", target_ranks=[1, 2]) == epoch[1:]
+    gate.touch()
+    held.result(HANG)
+    with pytest.raises(RpcError):
+        rpc(group, "why_not", unique_reply_rank=0)
+    assert rpc(group, "epoch_of", "world") == epoch
+
+
 @pytest.mark.parametrize("stride", [23, pytest.param(1, marks=pytest.mark.slow)])
 def test_what_was_left_out_is_found_also_after_a_call_that_is_interrupted_anywhere(
     group: ActorGroup, stride: int

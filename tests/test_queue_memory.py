@@ -135,6 +135,30 @@ def test_a_dropped_end_is_closed_with_a_warning() -> None:
         assert any("was dropped without close()" in str(w.message) for w in record)
 
 
+@pytest.mark.usefixtures("lost")
+def test_an_end_that_is_collected_with_a_cycle_closes_each_descriptor_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it consists of is collected in any order, and a number that was closed may be another file's."""
+    closed: list[int] = []
+    close = os.close
+
+    def note(fd: int) -> None:
+        closed.append(fd)
+        close(fd)
+
+    writer = MessageQueue(1, 1)
+    reader = MessageQueue.create_from_handle(writer.export_handle(), 0)
+    for end in (reader, writer):
+        cycle: list[Any] = [end]
+        cycle.append(cycle)
+    del writer, reader, end, cycle
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", note)
+        with pytest.warns(ResourceWarning):
+            gc.collect()
+    assert len(closed) >= 3
+    assert len(closed) == len(set(closed))
+
+
 # The cap
 
 

@@ -352,16 +352,18 @@ def test_a_forked_child_closes_what_another_thread_of_the_parent_was_using() -> 
         time.sleep(0.001)
     pid = os.fork()
     if pid == 0:
+        failed = 1
         try:
             writer.close()
+            failed = 0
         finally:
-            os._exit(0)
+            os._exit(failed)
     try:
         ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
         wait_for(lambda: os.waitid(os.P_PID, pid, ended) is not None, "the child's end")
     finally:
         os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        assert os.waitpid(pid, 0)[1] == 0
         writer.wake()
         polling.join()
         writer.close()
