@@ -109,6 +109,7 @@ def test_clients_of_a_driver_actor_create_groups(group: ActorGroup, gate: Path) 
         waiting = rpc(first, "hold", gates, unique_reply_rank=0, non_block=True)
         wait_for(lambda: at_work(second, "hold", 0) and second.status()[1].state == "idle", "rank 1 is through")
         assert waiting.cancel()
+        wait_for(lambda: second.status()[0].state == "idle", "rank 0 is interrupted")
         assert rpc(first, "epoch_of", "world") == epoch  # rank 1 says nothing, but is not busy
     with pytest.raises(GroupClosedError):
         first.create_groups({"x": [[0, 1]]})
